@@ -351,8 +351,7 @@ class ModelSpec:
         probs_NK = self.probabilities(logits_NK).cpu()
         values, indices = probs_NK.topk(min(topk or self.topk, len(self.labels)), dim=1)
         return [
-            {self.labels[i]: p for i, p in zip(row_i, row_p)}
-            for row_i, row_p in zip(indices.tolist(), values.tolist())
+            {self.labels[i]: p for i, p in zip(row_i, row_p)} for row_i, row_p in zip(indices.tolist(), values.tolist())
         ]
 
 
@@ -445,7 +444,7 @@ def load_state_dict(path: Union[str, Path]) -> Dict[str, torch.Tensor]:
     except Exception as error:  # a truncated zip, a pickle with code, another kind of file
         raise CardError("{} cannot be read as a state dict: {}".format(path, _short(error))) from error
     if not isinstance(loaded, dict) or not all(isinstance(v, torch.Tensor) for v in loaded.values()):
-        raise CardError("{} is no bare state dict (a checkpoint, perhaps): give the .pth that training saved".format(path))
+        raise CardError("{} is no bare state dict: give the .pth that training saved".format(path))
     return loaded
 
 
