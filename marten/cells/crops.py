@@ -10,6 +10,7 @@ Source: TensorFlow's crop_and_resize (extrapolation value 0), checked against cr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import skimage.measure
@@ -106,7 +107,8 @@ def label_regions(outline: Plane) -> NDArray[np.int32]:
         outline: (height, width), 0 and 255 as CellProfiler draws them. No pixel equals the background value 1, so the
             outlines and the space between the cells are numbered as well, exactly as DeepProfiler numbers them.
     """
-    return np.asarray(skimage.measure.label(outline, background=1), np.int32)
+    label: Any = skimage.measure.label
+    return np.asarray(label(outline, background=1), np.int32)
 
 
 def take_masks(
