@@ -58,7 +58,7 @@ class PictureError(MartenError):
 # ---------------------------------------------------------------------------------------------- from bytes to RGB
 
 
-def sniff_format(data: bytes) -> Optional[str]:
+def sniff_format(data: Union[bytes, bytearray]) -> Optional[str]:
     """Name the picture format that the first bytes announce, or None when it is not an allowed one."""
     if data[:3] == b"\xff\xd8\xff":
         return "JPEG"
@@ -92,9 +92,13 @@ def read_picture(source: Union[bytes, str, Path], min_size_px: Optional[int] = N
         Picture of mode "RGB", any size.
 
     Raises:
-        PictureError: 400 empty, 413 too many pixels, 415 not an allowed format, 422 damaged or absurdly long.
+        PictureError: 400 empty, 404 no such file, 413 too many pixels, 415 not an allowed format, 422 damaged or
+            absurdly long.
     """
-    data = source if isinstance(source, (bytes, bytearray)) else Path(source).read_bytes()
+    try:
+        data = source if isinstance(source, (bytes, bytearray)) else Path(source).read_bytes()
+    except OSError as error:
+        raise PictureError(404, "cannot read the picture: {}".format(error)) from error
     if not data:
         raise PictureError(400, "the body is empty: send the bytes of one picture")
     name = sniff_format(data)
@@ -104,15 +108,13 @@ def read_picture(source: Union[bytes, str, Path], min_size_px: Optional[int] = N
         with Image.open(io.BytesIO(data), formats=[name]) as opened:
             _check_size(opened.size, name)
             if min_size_px is not None and name == "JPEG":
-                width, height = opened.size
-                scale = max(min_size_px / min(width, height), 0.0)
-                if scale < 1:
-                    opened.draft(None, (math.ceil(width * scale), math.ceil(height * scale)))
+                scale = min(1.0, min_size_px / min(opened.size))
+                opened.draft(None, (math.ceil(opened.width * scale), math.ceil(opened.height * scale)))
             opened.load()
             return _to_rgb(_upright(opened))
     except PictureError:
         raise
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # the latter where warnings raise
         raise PictureError(413, _too_large()) from error
     except MemoryError as error:
         raise PictureError(413, "the picture does not fit into memory") from error
@@ -150,7 +152,7 @@ def _upright(picture: Image.Image) -> Image.Image:
 def _to_rgb(picture: Image.Image) -> Image.Image:
     mode = picture.mode
     if mode == "RGB" and "transparency" not in picture.info:
-        return picture.copy() if isinstance(picture, Image.Image) and getattr(picture, "fp", None) else picture
+        return picture
     if mode in ("I", "F") or mode.startswith("I;16"):
         return _scale_deep(picture).convert("RGB")
     if mode == "LAB":
@@ -173,7 +175,7 @@ def _scale_deep(picture: Image.Image) -> Image.Image:
     """
     is_float = picture.mode == "F"
     values = picture.convert("F")
-    low, high = (float(v) for v in values.getextrema())
+    low, high = (float(v) for v in values.getextrema())  # type: ignore[arg-type]
     if not (math.isfinite(low) and math.isfinite(high)):
         raise PictureError(422, "a damaged picture: its values are not finite")
     tops = (1.0, 255.0, 65535.0) if is_float else (65535.0,)
@@ -321,6 +323,8 @@ class ModelSpec:
             problems.append("labels repeat: {}".format(list(self.labels)))
         if self.topk < 1:
             problems.append("topk must be at least 1, found {}".format(self.topk))
+        if not all(isinstance(label, str) for label in self.labels):
+            problems.append("labels must be text, found {}".format(list(self.labels)))
         if not self.temperature > 0:
             problems.append("temperature must be positive, found {}".format(self.temperature))
         if problems:
@@ -328,7 +332,7 @@ class ModelSpec:
 
     def logits(self, model: torch.nn.Module, images_NCHW: torch.Tensor) -> torch.Tensor:
         """Run the network; returns float32 outputs of shape (batch, outputs)."""
-        out = model(images_NCHW)
+        out: torch.Tensor = model(images_NCHW)
         if self.mirror:
             out = (out + model(images_NCHW.flip(3))) / 2
         return out.float()

@@ -1,0 +1,283 @@
+"""The TorchServe handler: one class on ts's ImageClassifier, thin over modelspec.
+
+A batch goes through four steps, and only the third needs all its pictures at once:
+
+    request -> encoded picture -> uint8 pixels -> outputs of the network -> answer
+
+Every row has its own fate. A row that cannot be answered gets its own status and a JSON body that says why
+(`{"code", "type", "message", "request_id"}`); its neighbours keep their answers.
+
+TorchServe builds the one class of this file, whatever its name, so a second class of any kind must not stand here.
+It runs on Python 3.9 with torch 2.4 as well, and imports nothing of ours but modelspec.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import importlib
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Union
+
+import torch
+from ts.torch_handler.base_handler import BaseHandler
+from ts.torch_handler.image_classifier import ImageClassifier
+from ts.utils.util import list_classes_from_module
+
+import modelspec
+from modelspec import CardError, ModelCard, PictureError
+
+logger = logging.getLogger(__name__)
+
+FIELDS = ("body", "data", "file", "image")
+"""Names under which a request may carry its picture: TorchServe calls a raw body "body", forms choose freely."""
+
+PRECISIONS = ("fp32", "bf16")
+SETTINGS = {"precision": "fp32"}
+"""What model-config.yaml may say under `handler:`, with its defaults."""
+
+PHRASES = {
+    400: "Bad Request",
+    404: "Not Found",
+    413: "Payload Too Large",
+    415: "Unsupported Media Type",
+    422: "Unprocessable Entity",
+    500: "Internal Server Error",
+    503: "Service Unavailable",
+}
+
+Outcome = Union[torch.Tensor, Dict[str, Any], PictureError]
+"""What became of one row so far: its pixels, its answer, or the reason why there is none."""
+
+
+class MartenClassifier(ImageClassifier):  # type: ignore[misc]
+    """Answers pictures exactly as the model card beside the weights says."""
+
+    def initialize(self, context: Any) -> None:
+        """Load card, labels and weights, refuse whatever disagrees, and run the network once.
+
+        Raises:
+            CardError: the code is not this archive's own, or card, labels, weights and settings do not belong together.
+        """
+        folder = Path(context.system_properties["model_dir"])
+        check_own(folder, __file__, modelspec.__file__)
+        self.settings = read_settings(context.model_yaml_config)
+        self.card = find_card(folder, context.manifest["model"]["serializedFile"])
+        self.spec = self.card.spec
+        # Not VisionHandler's: that one starts captum's explanations and lifts Pillow's limit.
+        BaseHandler.initialize(self, context)
+        self.initialized = False
+        self._warm_up()
+        self.initialized = True
+
+    def _load_pickled_model(self, model_dir: str, model_file: str, model_pt_path: str) -> torch.nn.Module:
+        """Build the network with the card's arguments, where BaseHandler would pass none."""
+        module = importlib.import_module(Path(model_file).stem)
+        check_own(Path(model_dir), module.__file__)
+        (network_class,) = list_classes_from_module(module)
+        network: torch.nn.Module = network_class(**self.spec.arch_args)
+        network.load_state_dict(modelspec.load_state_dict(model_pt_path))
+        return network
+
+    def _warm_up(self) -> None:
+        height, width = self.spec.preprocess.size_px
+        black_NHWC = torch.zeros(1, height, width, 3, dtype=torch.uint8)
+        if not torch.isfinite(self.inference(black_NHWC)).all():
+            raise CardError("the network's outputs are not finite: these weights cannot be served")
+
+    def handle(self, data: List[Mapping[str, Any]], context: Any) -> List[Dict[str, Any]]:
+        """Answer a batch of requests, each with its own status."""
+        started = time.perf_counter()
+        self.context = context
+        outcomes = self.preprocess(data)
+        decoded = {i: outcome for i, outcome in enumerate(outcomes) if isinstance(outcome, torch.Tensor)}
+        for i, answer in zip(decoded, self._answer(list(decoded.values()))):
+            outcomes[i] = answer
+        replies = [self._reply(i, outcome) for i, outcome in enumerate(outcomes)]
+        if getattr(context, "metrics", None) is not None:
+            context.metrics.add_time("HandlerTime", round((time.perf_counter() - started) * 1000, 2), None, "ms")
+        return replies
+
+    def preprocess(self, data: List[Mapping[str, Any]]) -> List[Outcome]:
+        """Decode each row to uint8 pixels of shape (height, width, 3), or to the reason why it cannot be."""
+        return [self._decode(i, row) for i, row in enumerate(data)]
+
+    def inference(self, pixels_NHWC: torch.Tensor) -> torch.Tensor:
+        """Run the network on uint8 pixels; returns float32 outputs of shape (batch, outputs)."""
+        bf16 = self.settings["precision"] == "bf16"
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            images_NCHW = self.spec.preprocess.normalize(pixels_NHWC.to(self.device))
+            return self.spec.logits(self.model, images_NCHW)
+
+    def postprocess(self, logits_NK: torch.Tensor) -> List[Dict[str, Any]]:
+        """Turn outputs into answers by the card."""
+        return self.spec.answers(logits_NK)
+
+    def _decode(self, i: int, row: Mapping[str, Any]) -> Outcome:
+        try:
+            if self.context.get_request_header(i, "explain") == "True":
+                raise PictureError(404, "explanations are not offered: ask /predictions")
+            if self.context.get_request_header(i, "describe") == "True":
+                return {"spec": dataclasses.asdict(self.spec), "metrics": dict(self.card.metrics)}
+            return self.spec.preprocess.pixels(self.spec.preprocess.read(encoded_picture(row)))
+        except PictureError as error:
+            return error
+        except MemoryError:
+            return PictureError(413, "the picture does not fit into memory")
+        except Exception:
+            logger.exception("decoding failed")
+            return PictureError(500, "decoding failed: the server's log says why")
+
+    def _answer(self, pixels: List[torch.Tensor]) -> List[Outcome]:
+        """Answers for decoded rows; when the batch fails, each row is tried alone, so that one cannot fail all."""
+        if not pixels:
+            return []
+        try:
+            return list(self.postprocess(self.inference(torch.stack(pixels))))
+        except Exception as error:  # MemoryError, or torch's RuntimeError and its OutOfMemoryError
+            logger.exception("a batch of %d failed", len(pixels))
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if len(pixels) > 1:
+                return [outcome for one in pixels for outcome in self._answer([one])]
+            if isinstance(error, MemoryError) or "out of memory" in str(error):
+                return [PictureError(503, "out of memory: try again later")]
+            return [PictureError(500, "the prediction failed: the server's log says why")]
+
+    def _reply(self, i: int, outcome: Outcome) -> Dict[str, Any]:
+        self.context.set_response_content_type(i, "application/json")
+        if isinstance(outcome, dict):
+            return outcome
+        assert isinstance(outcome, PictureError)
+        phrase = PHRASES[outcome.status]
+        self.context.set_response_status(outcome.status, phrase, i)
+        return {
+            "code": outcome.status,
+            "type": phrase.replace(" ", ""),
+            "message": str(outcome),
+            "request_id": self.context.get_request_id(i),
+        }
+
+
+# ------------------------------------------------------------------------------------------------- what is loaded
+
+
+def check_own(folder: Path, *files: Any) -> None:
+    """Refuse code that was not unpacked with these weights.
+
+    TorchServe puts the archive's folder on PYTHONPATH after whatever was there, so a stray modelspec.py or vgg.py
+    elsewhere would be taken instead of the archive's own, and would answer otherwise.
+
+    Raises:
+        CardError: a file lies outside the folder.
+    """
+    for file in files:
+        if Path(file).resolve().parent != folder.resolve() and Path(file).parent != folder:
+            raise CardError("{} would run instead of {}'s own copy: take it off PYTHONPATH".format(file, folder))
+
+
+def find_card(folder: Path, weights: str) -> ModelCard:
+    """Read the card beside the weights and check labels and weights against it.
+
+    Raises:
+        CardError: one is missing, or they disagree.
+    """
+    path = folder / weights
+    card = ModelCard.read(path.with_suffix(".json"))
+    found = modelspec.sha256_file(path)
+    if found != card.weights_sha256:
+        raise CardError("{} has sha256 {}, but its card says {}".format(path, found, card.weights_sha256))
+    names = folder / "index_to_name.json"
+    if not names.is_file():
+        raise CardError("{} is missing: archive the model again".format(names))
+    modelspec.check_labels(card.spec.labels, json.loads(names.read_text(encoding="utf-8")), names)
+    return card
+
+
+def read_settings(config: Any) -> Dict[str, Any]:
+    """Take our settings from model-config.yaml's `handler:`, over their defaults.
+
+    Raises:
+        CardError: an unknown setting or value.
+    """
+    settings = {**SETTINGS, **((config or {}).get("handler") or {})}
+    unknown = sorted(set(settings) - set(SETTINGS))
+    if unknown:
+        raise CardError("model-config.yaml, handler: unknown {}; known: {}".format(unknown, sorted(SETTINGS)))
+    if settings["precision"] not in PRECISIONS:
+        raise CardError("model-config.yaml, handler: precision must be one of {}".format(", ".join(PRECISIONS)))
+    return settings
+
+
+# ---------------------------------------------------------------------------------- from a request to a picture
+
+
+def encoded_picture(row: Mapping[str, Any]) -> bytes:
+    """Find the one picture of a request: a raw body, a form field, base64 text, or JSON around base64.
+
+    Raises:
+        PictureError: 400, no picture, several, or text that is neither JSON nor base64.
+    """
+    given = [row[name] for name in FIELDS if row.get(name) is not None]
+    if len(given) != 1:
+        raise PictureError(400, "send one picture, as the body or as the field {}".format(" or ".join(FIELDS)))
+    value = given[0]
+    if isinstance(value, (dict, list)):
+        return _from_json(value)
+    data = value.encode("utf-8") if isinstance(value, str) else value
+    if not isinstance(data, (bytes, bytearray)):
+        raise PictureError(400, "the body is JSON, but holds no picture")
+    if not data or modelspec.sniff_format(data):
+        return bytes(data)
+    text = data.lstrip()[:1]
+    if text in (b"{", b"[", b'"'):
+        try:
+            return _from_json(json.loads(data))
+        except (ValueError, RecursionError) as error:
+            raise PictureError(400, "the body is broken JSON") from error
+    return _from_text(data) if _is_base64_picture(data) else bytes(data)
+
+
+def _from_json(value: Any) -> bytes:
+    """Take base64 out of "...", {"data" | "body" | "file" | "image" | "b64": "..."} or {"instances": [that]}."""
+    if isinstance(value, dict) and "instances" in value:
+        instances = value["instances"]
+        if not isinstance(instances, list) or len(instances) != 1:
+            raise PictureError(400, "send one instance per request")
+        value = instances[0]
+    if isinstance(value, dict):
+        given = [value[name] for name in (*FIELDS, "b64") if name in value]
+        value = given[0] if len(given) == 1 else None
+    if isinstance(value, dict) and set(value) == {"b64"}:
+        value = value["b64"]
+    if not isinstance(value, str):
+        raise PictureError(400, 'the JSON holds no picture: send {"data": "<base64>"}')
+    return _from_text(value.encode("utf-8"))
+
+
+def _is_base64_picture(data: Union[bytes, bytearray]) -> bool:
+    """Whether text starts as a picture in base64 does; other text is no picture at all (415)."""
+    head = _bare(bytes(data[:200]))[:24]
+    try:
+        return modelspec.sniff_format(base64.b64decode(head + b"=" * (-len(head) % 4))) is not None
+    except binascii.Error:
+        return False
+
+
+def _from_text(text: Union[bytes, bytearray]) -> bytes:
+    bare = _bare(bytes(text))
+    try:
+        return base64.b64decode(bare + b"=" * (-len(bare) % 4), validate=True)
+    except binascii.Error as error:
+        raise PictureError(400, "the picture's base64 is broken") from error
+
+
+def _bare(text: bytes) -> bytes:
+    """Base64 without a data: prefix, line breaks or the letters of its variant for addresses."""
+    if text.lstrip()[:5] == b"data:":
+        text = text.partition(b",")[2]
+    return b"".join(text.split()).translate(bytes.maketrans(b"-_", b"+/"))
