@@ -224,11 +224,11 @@ def encoded_picture(row: Mapping[str, Any]) -> bytes:
     """
     given = [row[name] for name in FIELDS if row.get(name) is not None]
     if len(given) != 1:
-        raise PictureError(400, "send one picture, as the body or as the field {}".format(" or ".join(FIELDS)))
+        raise PictureError(400, "send one picture: as the body, or as one form field called data, file or image")
     value = given[0]
     if isinstance(value, (dict, list)):
         return _from_json(value)
-    data = value.encode("utf-8") if isinstance(value, str) else value
+    data = value.encode("utf-8", "replace") if isinstance(value, str) else value
     if not isinstance(data, (bytes, bytearray)):
         raise PictureError(400, "the body is JSON, but holds no picture")
     if not data or modelspec.sniff_format(data):
@@ -243,20 +243,20 @@ def encoded_picture(row: Mapping[str, Any]) -> bytes:
 
 
 def _from_json(value: Any) -> bytes:
-    """Take base64 out of "...", {"data" | "body" | "file" | "image" | "b64": "..."} or {"instances": [that]}."""
+    """Take base64 out of "...", {"data": "..."} with any name of FIELDS or b64, or {"instances": [one of these]}."""
     if isinstance(value, dict) and "instances" in value:
         instances = value["instances"]
         if not isinstance(instances, list) or len(instances) != 1:
             raise PictureError(400, "send one instance per request")
         value = instances[0]
     if isinstance(value, dict):
-        given = [value[name] for name in (*FIELDS, "b64") if name in value]
+        given = [value[name] for name in (*FIELDS, "b64", "image_bytes") if name in value]
         value = given[0] if len(given) == 1 else None
     if isinstance(value, dict) and set(value) == {"b64"}:
         value = value["b64"]
     if not isinstance(value, str):
         raise PictureError(400, 'the JSON holds no picture: send {"data": "<base64>"}')
-    return _from_text(value.encode("utf-8"))
+    return _from_text(value.encode("utf-8", "replace"))
 
 
 def _is_base64_picture(data: Union[bytes, bytearray]) -> bool:

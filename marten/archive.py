@@ -226,7 +226,7 @@ def _write_zip(folder: Path, path: Path, created_on: str) -> None:
 def _created_on(card: ModelCard) -> str:
     """The day the model was trained, as the archiver spells dates; its first day for a card without one."""
     try:
-        date = datetime.fromisoformat(str(card.provenance.get("date")))
+        date = datetime.fromisoformat(str(card.provenance.get("created")))
     except ValueError:
         date = datetime(*_FIRST_DATE)
     return date.strftime("%d/%m/%Y %H:%M:%S")

@@ -75,7 +75,7 @@ def save_untrained(folder: Path, conv_net: str, seed: int, **fields: Any) -> Pat
         _spread_outputs(network, spec.preprocess.size_px)
     weights = folder / f"model_{conv_net}.pth"
     torch.save(network.state_dict(), weights)
-    card = ModelCard(spec, sha256_file(weights), provenance={"date": "2024-05-06T07:08:09+00:00"})
+    card = ModelCard(spec, sha256_file(weights), provenance={"created": "2024-05-06T07:08:09Z"})
     weights.with_suffix(".json").write_text(card.to_json(), encoding="utf-8")
     return weights
 
