@@ -16,9 +16,10 @@ sys.path.insert(0, str(ROOT))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let Pillow grumble about the damaged pictures that tests feed it; every other warning stays an error."""
+    """Let Pillow grumble about damaged pictures, and ts leave its files open; every other warning stays an error."""
     config.addinivalue_line("filterwarnings", "ignore::UserWarning:PIL")
     config.addinivalue_line("filterwarnings", "ignore::PIL.Image.DecompressionBombWarning")
+    config.addinivalue_line("filterwarnings", "ignore:.*/ts/:pytest.PytestUnraisableExceptionWarning")
 
 
 @pytest.fixture(scope="session")
