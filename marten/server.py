@@ -10,13 +10,13 @@ import contextlib
 import importlib.util
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from marten.drain import drain
 from marten.errors import ServerError
@@ -26,6 +26,9 @@ from marten.readiness import Address, ModelStatus, ask_model, check_models, is_l
 from marten.runtime import Running, clear, find_process, find_running, locked, runtime_folder
 from marten.serverconfig import Settings
 from marten.serverlog import load_failure, start_failure
+
+if TYPE_CHECKING:
+    import psutil
 
 LOG_CONFIG = ROOT / "deployment" / "log4j2.xml"
 START_TIMEOUT_S = 120.0
@@ -66,8 +69,7 @@ def start(settings: Settings, timeout_s: float = START_TIMEOUT_S) -> tuple[Runni
             running = _remember(settings, java, pid)
             return running, _wait_until_ready(running, settings, timeout_s), False
         except BaseException:  # an interrupt too must leave nothing behind
-            _end(pid)
-            clear(runtime_folder(port), keep_logs=True)
+            _end(pid, runtime_folder(port))
             raise
 
 
@@ -223,66 +225,47 @@ def stop(running: Running, drain_s: float = DRAIN_S) -> int:
         How many requests were still unanswered at the end; 0 when all were drained.
     """
     with locked(running.folder):
-        left = drain(running.pid, running.addresses["inference"].port, drain_s)
-        _end(running.pid)
-        clear(running.folder, keep_logs=True)
-        return left
+        try:
+            return drain(running.pid, running.addresses["inference"].port, drain_s)
+        finally:  # an interrupt while draining ends the server at once
+            _end(running.pid, running.folder)
 
 
-def _end(pid: int | None) -> None:
-    """End Java and every worker of it, and wait until they are gone.
+def _end(pid: int | None, folder: Path) -> None:
+    """End Java and every worker, wait until they are gone, and remove what they wrote but for the logs.
 
     Java is killed: what was asked has been answered by then, and its own way of ending waits 2 s twice for nothing.
     """
     import psutil
 
-    java = find_process(pid) if pid else None
-    if java is None:
-        return
-    family = [java, *java.children(recursive=True)]
-    for process in family:
+    family = ([find_process(pid)] if pid else []) + _workers(folder)
+    for process in filter(None, family):
         with contextlib.suppress(psutil.Error):
             process.kill()
     deadline = time.monotonic() + _GONE_WITHIN_S
-    while any(find_process(process.pid) for process in family) and time.monotonic() < deadline:
+    while any(process and find_process(process.pid) for process in family) and time.monotonic() < deadline:
         time.sleep(0.01)
+    clear(folder, keep_logs=True)
 
 
-# ------------------------------------------------------------------------------------------------ look after
+def _workers(folder: Path) -> list[psutil.Process | None]:
+    """Our processes that talk through a socket in the server's folder, whether or not their Java still lives."""
+    import psutil
+
+    sockets = str(folder / "temp" / ".ts.sock")
+    found = psutil.process_iter(["cmdline"])
+    return [p for p in found if any(word.startswith(sockets) for word in p.info["cmdline"] or ())]
 
 
-def supervise(running: Running, drain_s: float = DRAIN_S) -> int:
-    """Stay until a signal asks for the end or TorchServe dies.
-
-    SIGTERM and SIGINT drain the requests in flight and stop; a second signal stops at once.
-
-    Returns:
-        0 after a signal.
+def watch(running: Running) -> NoReturn:
+    """Stay as long as TorchServe lives.
 
     Raises:
-        ServerError: TorchServe ended by itself.
+        ServerError: it ended by itself; its workers are ended too.
     """
-    asked: list[int] = []
-
-    def on_signal(number: int, _frame: object) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        while not asked:
-            if find_process(running.pid) is None:
-                clear(running.folder, keep_logs=True)
-                why = start_failure(running.logs) or "it says nothing"
-                raise ServerError(f"TorchServe (process {running.pid}) ended unasked: {why} ({running.logs})")
-            time.sleep(_TICK_S)
-        try:
-            stop(running, drain_s)
-        except KeyboardInterrupt:
-            _end(running.pid)
-            clear(running.folder, keep_logs=True)
-        return 0
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    while find_process(running.pid) is not None:
+        time.sleep(_TICK_S)
+    _end(None, running.folder)
+    raise ServerError(
+        f"TorchServe (process {running.pid}) has ended, and nobody asked it to: see {running.logs}/ts_log.log"
+    )

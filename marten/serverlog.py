@@ -14,7 +14,7 @@ _MISSING_PACKAGE = re.compile(r"No module named '(?P<name>[\w.]+)'")
 _START_FAILED = re.compile(
     r"Failed to bind to address: \S+|Invalid configuration: .*|Error occurred during initialization of VM\s*\n.*"
     r"|Unrecognized VM option .*|Invalid maximum heap size.*|java not found.*|UnsupportedClassVersionError.*"
-    r"|OutOfMemoryError.*"
+    r"|java\.lang\.OutOfMemoryError.*"
 )
 # the package that brings a module, where the two differ in name
 _PACKAGES = {"yaml": "pyyaml", "PIL": "pillow", "pynvml": "nvidia-ml-py", "skimage": "scikit-image"}
