@@ -1,0 +1,379 @@
+"""From crops to profiles: the features of every cell, in DeepProfiler's .npz files and in Parquet.
+
+Sites are read by other processes while the network computes; batches are filled across sites. Sites go in groups,
+always the same for the same table: a group's batches depend on nothing else, so that a run which was killed and
+started again writes the same bits as one that was not. A group is finished when its Parquet file stands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from marten.cells.config import Config
+from marten.cells.crops import Crops, label_regions, normalise, take_crops, take_masks
+from marten.cells.errors import CellsError
+from marten.cells.export import read_outline
+from marten.cells.images import read_channels
+from marten.cells.index import Index, Site, read_index
+from marten.cells.locations import Centres, X, Y, as_stored, read_locations, site_centres, view_px
+from marten.cells.networks import Profiler, layer_output, repeat_channels, to_numpy
+from marten.cells.parallel import ordered_map
+from marten.cells.project import Project
+from marten.files import replacing, write_text
+
+if TYPE_CHECKING:
+    import torch
+
+    from marten.devices import Runtime
+
+GROUP = 8
+"""Sites whose cells share batches; what a killed run does again at most, times the processes."""
+STORES = ("both", "npz", "parquet")
+ABOUT = "profile.json"
+
+
+@dataclass
+class ProfileReport:
+    """What a profiling did.
+
+    Attributes:
+        sites, cells: profiled now.
+        present: sites that were done before.
+        empty: sites without a cell; no file is written for them.
+        seconds: that it took, without loading the network.
+        problems: one line per site that could not be read.
+    """
+
+    sites: int = 0
+    cells: int = 0
+    present: int = 0
+    empty: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    problems: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """The report as text."""
+        pace = self.cells / self.seconds if self.seconds else 0.0
+        told = [f"{self.cells} cells of {self.sites} sites in {self.seconds:.1f} s ({pace:.0f} cells/s)"]
+        if self.present:
+            told.append(f"{self.present} sites were done before")
+        if self.empty:
+            told.append(f"{len(self.empty)} sites without a cell: {', '.join(self.empty[:5])}")
+        return told + [f"failed: {problem}" for problem in self.problems]
+
+
+@dataclass
+class _Cut:
+    """One site as a worker process hands it over."""
+
+    site: Site
+    centres: Centres
+    crops_NCHW: Crops | None
+    problem: str = ""
+
+
+def profile_cells(
+    project: Project,
+    profiler: Profiler,
+    runtime: Runtime,
+    *,
+    batch_size: int | None = None,
+    geometry: str = "parity",
+    store: str = "both",
+    workers: int = 1,
+    part: int | None = None,
+    overwrite: bool = False,
+) -> ProfileReport:
+    """Profile every cell of the index.
+
+    Args:
+        project: whose cells; features go to outputs/EXP/features, and tables to outputs/EXP/features/cells.
+        profiler: of `load_profiler`.
+        runtime: device and precision; fp32 gives DeepProfiler's numbers to 1e-5.
+        batch_size: crops; None takes profile.batch_size.
+        geometry: "parity" or "slice".
+        store: "npz", "parquet" or "both".
+        workers: processes that read and cut.
+        part: of the index, see `split`; parts never write the same file.
+        overwrite: do again what is done.
+
+    Raises:
+        CellsError: features of another network or other settings are already there.
+    """
+    import torch
+
+    if store not in STORES:
+        raise CellsError(f"no store {store!r}: choose one of {', '.join(STORES)}")
+    index = read_index(project, part)
+    size = batch_size or int(project.config["profile.batch_size"])
+    about = _about(project.config, profiler, runtime, geometry, size)
+    _claim(project.features / ABOUT, about, overwrite)
+    groups = [index.sites[start : start + GROUP] for start in range(0, len(index.sites), GROUP)]
+    tables = [_table_path(project, part, number) for number in range(len(groups))]
+    report = ProfileReport()
+    todo = []
+    for number, sites in enumerate(groups):
+        if not overwrite and _is_done(project, sites, tables[number], store):
+            report.present += len(sites)
+        else:
+            todo.append(number)
+    network = profiler.network.to(runtime.device).to(memory_format=torch.channels_last)
+    started = time.monotonic()
+    tasks = ((project.config, site, geometry) for number in todo for site in groups[number])
+    cuts = ordered_map(_cut, tasks, workers)
+    for number in todo:
+        arrived = [next(cuts) for _ in groups[number]]
+        features = _run_group(dataclasses.replace(profiler, network=network), runtime, arrived, size)
+        _write_group(project, index, profiler, arrived, features, tables[number], store, report)
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def _cut(task: tuple[Config, Site, str]) -> _Cut:
+    """Read one site and cut its crops; runs in a worker process."""
+    config, site, geometry = task
+    try:
+        return _cut_site(config, site, geometry)
+    except CellsError as error:
+        return _Cut(site, np.zeros((0, 2)), None, f"{site.key}: {error}")
+
+
+def _cut_site(config: Config, site: Site, geometry: str) -> _Cut:
+    if config["dataset.locations.mode"] == "single_cells":
+        known = read_locations(site.locations)
+        if known is None or not len(known):
+            return _Cut(site, np.zeros((0, 2)), None)
+    planes = read_channels(site.images, (config["dataset.images.height"], config["dataset.images.width"]))
+    centres = site_centres(config, site, planes[0].shape)
+    box = int(config["dataset.locations.box_size"])
+    crops_NCHW = take_crops(planes, centres, box, view_px(config), geometry)
+    if config["dataset.locations.mask_objects"]:
+        regions = label_regions(read_outline(site, planes[0].shape))
+        crops_NCHW *= take_masks(regions, centres, box, geometry)[:, None]
+    return _Cut(site, centres, normalise(crops_NCHW))
+
+
+def _run_group(profiler: Profiler, runtime: Runtime, cuts: list[_Cut], batch_size: int) -> NDArray[np.float32]:
+    """Features of all cells of a group, in order; batches run across its sites."""
+    import torch
+
+    with torch.inference_mode():
+        parts = [_run(profiler, runtime, torch.from_numpy(batch)) for batch in _batches(cuts, batch_size)]
+    return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
+
+
+def _batches(cuts: list[_Cut], batch_size: int) -> Iterator[Crops]:
+    waiting: list[Crops] = []
+    count = 0
+    for cut in cuts:
+        start, total = 0, 0 if cut.crops_NCHW is None else len(cut.crops_NCHW)
+        while start < total and cut.crops_NCHW is not None:
+            piece = cut.crops_NCHW[start : start + batch_size - count]
+            waiting.append(piece)
+            count += len(piece)
+            start += len(piece)
+            if count == batch_size:
+                yield np.concatenate(waiting)
+                waiting, count = [], 0
+    if waiting:
+        yield np.concatenate(waiting)
+
+
+def _run(profiler: Profiler, runtime: Runtime, crops_NCHW: torch.Tensor) -> NDArray[np.float32]:
+    import torch
+
+    cells = len(crops_NCHW)
+    crops_NCHW = crops_NCHW.to(runtime.device, non_blocking=True)
+    if profiler.repeats:
+        crops_NCHW = repeat_channels(crops_NCHW, profiler.size_px)
+    with runtime.autocast():
+        found = layer_output(profiler.network, crops_NCHW.to(memory_format=torch.channels_last), profiler.layer)
+    return np.asarray(to_numpy(found).reshape(cells, -1))
+
+
+# ----------------------------------------------------------------------------------------------------- what is done
+
+
+def _about(config: Config, profiler: Profiler, runtime: Runtime, geometry: str, batch_size: int) -> dict[str, Any]:
+    """What the features depend on."""
+    keys = ["dataset.images.channels", "dataset.locations.mode", "dataset.locations.box_size"]
+    keys += ["dataset.locations.view_size", "dataset.locations.mask_objects", "prepare.compression.implement"]
+    return {
+        "weights": profiler.origin,
+        "layer": profiler.layer,
+        "model": profiler.name,
+        "labels": list(profiler.labels),
+        "imagenet_size_px": profiler.size_px if profiler.repeats else None,
+        "device": runtime.device.type,
+        "precision": runtime.precision,
+        "geometry": geometry,
+        "batch_size": batch_size,
+        **{key: config[key] for key in keys},
+    }
+
+
+def _claim(path: Path, about: dict[str, Any], overwrite: bool) -> None:
+    """Refuse to mix features of different networks or settings in one folder."""
+    if path.is_file() and not overwrite:
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CellsError(f"{path} is damaged: profile again with --overwrite") from error
+        changed = [
+            f"{key} was {before.get(key)!r}, is {about[key]!r}" for key in about if before.get(key) != about[key]
+        ]
+        if changed:
+            raise CellsError(
+                f"{path.parent} holds other features: {'; '.join(changed)}. Add --overwrite, or another --exp"
+            )
+        return
+    write_text(path, json.dumps(about, indent=2) + "\n")
+
+
+def _is_done(project: Project, sites: list[Site], table: Path, store: str) -> bool:
+    """Whether every file of a group is there and whole; a truncated file is not done."""
+    wants_npz = store in ("both", "npz")
+    if store in ("both", "parquet") and not _is_whole_parquet(table):
+        return False
+    if store == "npz" and not table.with_suffix(".done").is_file():
+        return False
+    if not wants_npz:
+        return True
+    for site in sites:
+        if project.config["dataset.locations.mode"] == "single_cells":
+            try:
+                centres = read_locations(site.locations)
+            except CellsError:
+                return False
+            if centres is None or not len(centres):
+                continue
+        if not _is_whole_npz(npz_path(project, site)):
+            return False
+    return True
+
+
+def _is_whole_parquet(path: Path) -> bool:
+    import pyarrow.parquet as parquet
+
+    try:
+        parquet.ParquetFile(path)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _is_whole_npz(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None and "features.npy" in file.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def npz_path(project: Project, site: Site) -> Path:
+    """Where the features of a site go: features/{Plate}/{Well}/{Site}.npz."""
+    return project.features / site.plate / site.well / f"{site.site}.npz"
+
+
+def _table_path(project: Project, part: int | None, number: int) -> Path:
+    whose = "" if part is None else f"part{part:03d}-"
+    return project.features / "cells" / f"cells-{whose}{number:05d}.parquet"
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+
+
+def _write_group(
+    project: Project,
+    index: Index,
+    profiler: Profiler,
+    cuts: list[_Cut],
+    features: NDArray[np.float32],
+    table: Path,
+    store: str,
+    report: ProfileReport,
+) -> None:
+    start = 0
+    rows: list[tuple[_Cut, NDArray[np.float32]]] = []
+    failed = False
+    for cut in cuts:
+        if cut.problem:
+            report.problems.append(cut.problem)
+            failed = True
+            continue
+        count = len(cut.centres)
+        if not count:
+            report.empty.append(cut.site.key)
+            continue
+        mine = features[start : start + count]
+        start += count
+        rows.append((cut, mine))
+        if store in ("both", "npz"):
+            _write_npz(npz_path(project, cut.site), _metadata(project, cut.site, profiler), cut.centres, mine)
+        report.sites += 1
+        report.cells += count
+    if failed:
+        table.unlink(missing_ok=True)
+    if store == "npz":
+        if not failed:
+            write_text(table.with_suffix(".done"), "")
+    elif not failed:
+        _write_parquet(table, rows, profiler, project)
+
+
+def _metadata(project: Project, site: Site, profiler: Profiler) -> dict[str, Any]:
+    """The row of the index as DeepProfiler stores it: names of the images that were read, and the model."""
+    row = dict(site.row)
+    if project.config["prepare.compression.implement"]:
+        for channel, path in zip(project.config.channels, site.images, strict=True):
+            row[channel] = str(path.relative_to(project.compressed_images))
+    return {**row, "Metadata_Model": profiler.name}
+
+
+def _write_npz(path: Path, metadata: dict[str, Any], centres: Centres, features: NDArray[np.float32]) -> None:
+    with replacing(path) as neighbour, open(neighbour, "wb") as file:
+        boxed = np.array(metadata, dtype=object)
+        np.savez_compressed(file, features=features, metadata=boxed, locations=as_stored(centres))
+
+
+def _write_parquet(
+    path: Path, rows: list[tuple[_Cut, NDArray[np.float32]]], profiler: Profiler, project: Project
+) -> None:
+    """Write the cells of a group: Metadata_* columns, then one column per feature. No programs inside, unlike .npz."""
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    columns: dict[str, Any] = {}
+    metadata = [_metadata(project, cut.site, profiler) for cut, _ in rows]
+    counts = [len(values) for _, values in rows]
+    for name in metadata[0] if metadata else ():
+        title = name if name.startswith("Metadata_") else f"Metadata_{name}"
+        values = [row[name] for row in metadata]
+        columns[title] = arrow.array([v for v, count in zip(values, counts, strict=True) for _ in range(count)])
+    if rows:
+        centres = np.concatenate([cut.centres for cut, _ in rows])
+        columns["Metadata_ObjectNumber"] = np.concatenate([np.arange(count) for count in counts])
+        # under Metadata_, so that no step takes a place in the image for a feature
+        columns[f"Metadata_{X}"], columns[f"Metadata_{Y}"] = as_stored(centres).T
+        features = np.concatenate([values for _, values in rows])
+        names = feature_names(profiler, features.shape[1])
+        columns |= {name: np.ascontiguousarray(features[:, i]) for i, name in enumerate(names)}
+    with replacing(path) as neighbour:
+        parquet.write_table(arrow.table(columns), neighbour, compression="zstd")
+
+
+def feature_names(profiler: Profiler, count: int) -> list[str]:
+    """Titles of the feature columns: the model and a number, or the classes when the profile is their probability."""
+    if len(profiler.labels) == count:
+        return [f"{profiler.name}_probability_{label}" for label in profiler.labels]
+    return [f"{profiler.name}_{number}" for number in range(count)]
