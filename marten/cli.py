@@ -26,8 +26,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args: Any, config: bool = False, **kwargs: Any) -> None:
-        kwargs.setdefault("formatter_class", _Formatter)
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        super().__init__(*args, **{"formatter_class": _Formatter, **kwargs, "allow_abbrev": False})
         self._takes_config = config
         self.add_argument("--debug", action="store_true", help="print the traceback behind an error")
         if config:
@@ -72,7 +71,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         told = action.help or ""
-        if "default" in told or action.default in (None, False, argparse.SUPPRESS) or action.required:
+        if "default" in told or action.default in (None, False, "", argparse.SUPPRESS) or action.required:
             return told
         return f"{told} (default: %(default)s)"
 

@@ -126,6 +126,16 @@ def served_models(management: Address, timeout_s: float = PATIENCE_S) -> list[st
     return sorted(str(model["modelName"]) for model in _manage(management, "/models?limit=100", timeout_s)["models"])
 
 
+def set_workers(management: Address, name: str, workers: int, timeout_s: float) -> None:
+    """Give a model that many processes, whatever its archive says, and wait until they have loaded it.
+
+    Raises:
+        ServerError: TorchServe refuses, or is not ready in time.
+    """
+    path = f"/models/{name}?min_worker={workers}&max_worker={workers}&synchronous=true"
+    _manage(management, path, timeout_s, "PUT")
+
+
 def is_loaded(management: Address, name: str, timeout_s: float = PATIENCE_S) -> bool:
     """Whether every worker of a model has loaded it; false too while the management address does not answer."""
     states = [worker["status"] for worker in _workers(management, name, timeout_s)]
@@ -146,14 +156,9 @@ def _workers(management: Address, name: str, timeout_s: float) -> list[dict[str,
         return []
 
 
-def pending_requests(management: Address, name: str, timeout_s: float = PATIENCE_S) -> int:
-    """Pictures that wait in a model's queue, those already in a worker's hands not counted."""
-    return sum(int(v["jobQueueStatus"]["pendingRequests"]) for v in _manage(management, f"/models/{name}", timeout_s))
-
-
-def _manage(management: Address, path: str, timeout_s: float) -> Any:
+def _manage(management: Address, path: str, timeout_s: float, method: str = "GET") -> Any:
     try:
-        status, body = request(management, "GET", path, timeout_s=timeout_s)
+        status, body = request(management, method, path, timeout_s=timeout_s)
         if status == 200:
             return json.loads(body)
     except (OSError, http.client.HTTPException, ValueError) as error:

@@ -22,7 +22,7 @@ from marten.drain import drain
 from marten.errors import ServerError
 from marten.files import ROOT, write_text
 from marten.java import Java, find_java
-from marten.readiness import Address, ModelStatus, ask_model, check_models, is_loaded
+from marten.readiness import Address, ModelStatus, ask_model, check_models, is_loaded, set_workers, worker_pids
 from marten.runtime import Running, clear, find_process, find_running, locked, runtime_folder
 from marten.serverconfig import Settings
 from marten.serverlog import load_failure, start_failure
@@ -150,16 +150,21 @@ def _wait_until_ready(running: Running, settings: Settings, timeout_s: float) ->
         if time.monotonic() > deadline:
             late = ", ".join(name for name in running.models if name not in statuses)
             raise ServerError(f"no answer within {timeout_s:.0f} s from {late}; see {running.logs}/model_log.log")
-        management = running.addresses["management"]
-        for name in [n for n in running.models if n not in statuses and is_loaded(management, n)]:
-            status = ask_model(running.addresses["inference"], name, timeout_s=max(1.0, deadline - time.monotonic()))
-            if not status.ready and not load_failure(running.logs, settings.models):
-                raise ServerError(
-                    f"{name} is loaded and does not answer a picture: {status.reason}; see {running.logs}"
-                )
-            if status.ready:
-                statuses[name] = status
+        for name in running.models:
+            if name not in statuses and is_loaded(running.addresses["management"], name):
+                statuses[name] = _first_answer(running, settings, name, max(1.0, deadline - time.monotonic()))
     return [statuses[name] for name in running.models]
+
+
+def _first_answer(running: Running, settings: Settings, name: str, patience_s: float) -> ModelStatus:
+    """Ask a model that has just been loaded, with as many workers as were asked for."""
+    inference, management = running.addresses["inference"], running.addresses["management"]
+    if settings.workers not in (None, len(worker_pids(management, name))):  # its archive names another number
+        set_workers(management, name, settings.workers, patience_s)
+    status = ask_model(inference, name, patience_s)
+    if not status.ready:
+        raise ServerError(f"{name} is loaded and does not answer a picture: {status.reason} ({running.logs})")
+    return status
 
 
 def _same_or_refuse(running: Running, settings: Settings) -> list[ModelStatus]:

@@ -26,18 +26,20 @@ class Settings:
         store: folder of the archives.
         config: TorchServe's properties as text, overrides included.
         addresses: by interface: "inference", "management", "metrics".
+        workers: processes for each model; None leaves it to the archive, and to the config where that says nothing.
     """
 
     models: Mapping[str, str]
     store: Path
     config: str
     addresses: Mapping[str, Address]
+    workers: int | None = None
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for a running server to be the one that is asked for; archives by size and time."""
         stats = {name: (self.store / file).stat() for name, file in self.models.items()}
         archives = {name: [str(self.store / self.models[name]), s.st_size, s.st_mtime_ns] for name, s in stats.items()}
-        return {"archives": archives, "config": self.config}
+        return {"archives": archives, "config": self.config, "workers": self.workers}
 
 
 def read_settings(
@@ -55,7 +57,7 @@ def read_settings(
         store: folder of the archives.
         config: TorchServe's properties.
         ports: by interface; a port of None follows the inference port where that is given, else the config's.
-        workers: processes for each model; None leaves it to the config.
+        workers: processes for each model; see `Settings`.
         number_of_gpu: how many GPUs to use at most; None for all there are.
 
     Raises:
@@ -72,7 +74,7 @@ def read_settings(
     if number_of_gpu is not None:
         overrides.append(f"number_of_gpu={number_of_gpu}")
     text = config.read_text(encoding="utf-8") + "\n# from the command line\n" + "\n".join(overrides) + "\n"
-    return Settings(find_archives(models, store), store.resolve(), text, addresses)
+    return Settings(find_archives(models, store), store.resolve(), text, addresses, workers)
 
 
 def read_properties(path: Path) -> dict[str, str]:

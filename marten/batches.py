@@ -1,0 +1,139 @@
+"""From samples to batches of pixels: order a function of (seed, epoch), augmentation of (seed, epoch, index)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import InterpolationMode, v2
+
+from marten.datasets import Sample
+from marten.errors import UsageError
+from marten.streams import stream
+from modelspec import Preprocess, to_pixels
+
+AUGMENTATIONS = ("none", "flip", "standard", "strong")
+_Place = tuple[int, int]
+
+
+def available_cpus() -> int:
+    """Processors this process may use: the scheduler's share, not the machine's."""
+    return len(os.sched_getaffinity(0))
+
+
+def augmentation(name: str, preprocess: Preprocess) -> Any:
+    """A random change of a picture, ending at the size that the network takes. Draws from torch's global generator.
+
+    none      the serving transform, unchanged
+    flip      that, mirrored half of the time
+    standard  a random crop of 35-100 % of the area, mirrored half of the time, light changes of colour
+    strong    a random crop of 20-100 %, mirrored, then one random operation (TrivialAugment)
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    height, width = preprocess.size_px
+    mode = InterpolationMode(preprocess.interpolation)
+    flip = v2.RandomHorizontalFlip()
+    if name == "none":
+        return preprocess.resized
+    if name == "flip":
+        return v2.Compose([v2.Lambda(preprocess.resized), flip])
+    if name == "standard":
+        crop = v2.RandomResizedCrop((height, width), scale=(0.35, 1.0), interpolation=mode)
+        return v2.Compose([crop, flip, v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)])
+    if name == "strong":
+        crop = v2.RandomResizedCrop((height, width), scale=(0.2, 1.0), interpolation=mode)
+        return v2.Compose([crop, flip, v2.TrivialAugmentWide(interpolation=mode)])
+    raise UsageError(f"--augment must be one of {', '.join(AUGMENTATIONS)}, found {name!r}")
+
+
+class Pictures(Dataset[tuple[torch.Tensor, int]]):
+    """Samples as (uint8 pixels of shape (height, width, 3), label), fetched by (epoch, index)."""
+
+    def __init__(self, samples: Sequence[Sample], preprocess: Preprocess, augment: str = "none", seed: int = 0) -> None:
+        self.samples = samples
+        self.preprocess = preprocess
+        self.seed = seed
+        self._plain = augment == "none"
+        self._augment = augmentation(augment, preprocess)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, place: _Place) -> tuple[torch.Tensor, int]:
+        epoch, index = place
+        sample = self.samples[index]
+        picture = self.preprocess.read(sample.path)
+        if self._plain:
+            return to_pixels(self._augment(picture)), sample.label
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream(self.seed, "augment", epoch, index))
+            return to_pixels(self._augment(picture)), sample.label
+
+
+class Batches:
+    """Batches of one data set, epoch after epoch, from any batch on.
+
+    Args:
+        pictures: what to draw from.
+        batch_size: pictures per batch; the last one of an epoch may be smaller.
+        shuffle: a new order each epoch, from the pictures' seed; else the order of the samples.
+        workers: loader processes; 0 decodes in this one.
+    """
+
+    def __init__(self, pictures: Pictures, batch_size: int, *, shuffle: bool, workers: int, pin: bool = False) -> None:
+        self.pictures = pictures
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self._epoch = 0
+        self._start = 0
+        self._loader = DataLoader(
+            pictures,
+            batch_sampler=self,
+            num_workers=workers,
+            collate_fn=_stack,
+            pin_memory=pin,
+            persistent_workers=workers > 0,
+            worker_init_fn=_quiet_worker,
+        )
+
+    def __len__(self) -> int:
+        """Batches in one whole epoch."""
+        return -(-len(self.pictures) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[_Place]]:
+        order = self._order()
+        for batch in range(self._start, len(self)):
+            yield [(self._epoch, i) for i in order[batch * self.batch_size : (batch + 1) * self.batch_size]]
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Batches of one epoch from batch `start` on: uint8 (batch, height, width, 3) and int64 labels (batch,)."""
+        self._epoch, self._start = epoch, start
+        return iter(self._loader)
+
+    def close(self) -> None:
+        """End the loader processes; they leave signals to this one, so nothing else would."""
+        del self._loader
+
+    def _order(self) -> list[int]:
+        if not self.shuffle:
+            return list(range(len(self.pictures)))
+        generator = torch.Generator().manual_seed(stream(self.pictures.seed, "order", self._epoch))
+        return torch.randperm(len(self.pictures), generator=generator).tolist()
+
+
+def _stack(items: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.stack([pixels for pixels, _ in items]), torch.tensor([label for _, label in items])
+
+
+def _quiet_worker(worker: int) -> None:
+    """One thread each, and signals left to the main process: it decides when to stop and saves the state."""
+    import signal
+
+    torch.set_num_threads(1)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

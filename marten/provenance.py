@@ -1,0 +1,38 @@
+"""Where a file came from: the command, the commit, the versions and the date, for the card."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import marten
+from marten.files import ROOT
+
+
+def provenance() -> dict[str, str]:
+    """What is needed to do it again: command, commit (with "+changes" if the tree differs), versions, UTC date."""
+    versions = {"marten": marten.__version__, "python": platform.python_version()}
+    for package in ("torch", "torchvision", "pillow"):
+        versions[package] = importlib.metadata.version(package)
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": _commit(),
+        "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+    }
+
+
+def _commit() -> str:
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

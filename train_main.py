@@ -1,0 +1,103 @@
+#!/usr/bin/env python3
+"""Train an image classifier on a folder of labelled pictures.
+
+    python train_main.py --conv_net base_cnn --data_dir data --epochs 10
+    python train_main.py --conv_net efficientnet_lite0 --data_dir data --freeze 2 --lr 1e-3 1e-4 --epochs 6
+    python train_main.py --conv_net vgg --weights vgg19_bn.pth --dropout 0.5 --epochs 3
+
+Pictures lie flat (cat.0.jpg, dog.0.jpg), in one folder per class, or are listed in a .csv with path and label.
+The best state dict goes to --model_path, its card beside it as .json, and metrics.jsonl, curves.png and split.csv
+into the .run folder beside both. A stopped run (SIGTERM, SIGUSR1, --max_runtime) exits 85 and is resumed, exactly,
+by the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from marten.architectures import known_architectures
+from marten.cli import Parser, enter_environment, run
+from marten.settings import Settings, settings_from
+
+
+def build_parser() -> Parser:
+    """The flags, as the owner spells them; defaults are those of `Settings`."""
+    parser = Parser(prog="train_main.py", description=__doc__, config=True)
+    standard = Settings()
+    add = parser.add_argument_group
+
+    what = add("what is trained on what").add_argument
+    names = ", ".join(known_architectures())
+    what("-cn", "--conv_net", default=standard.conv_net, metavar="NAME", help=f"network: {names}")
+    what("--data_dir", default=standard.data_dir, metavar="DIR", help="folder of pictures, or a .csv")
+    what(
+        "-p",
+        "--model_path",
+        default="",
+        metavar="PTH",
+        help="state dict to write; by default models/model_<conv_net>.pth",
+    )
+    what("--weights", default="auto", metavar="W", help="auto, none, imagenet, or a state dict to start from")
+    what("--on_bad", default="skip", choices=("skip", "refuse"), help="what to do about files that are no pictures")
+    what(
+        "-v",
+        "--validation_split",
+        type=float,
+        default=standard.validation_split,
+        metavar="SHARE",
+        help="0 <= share < 1",
+    )
+    what(
+        "--seed",
+        type=int,
+        default=standard.seed,
+        metavar="N",
+        help="of the split, weights, order, augmentation",
+    )
+
+    how = add("how").add_argument
+    how("-e", "--epochs", type=int, default=standard.epochs, metavar="N")
+    how("-b", "--batch_size", type=int, default=standard.batch_size, metavar="N")
+    how(
+        "-lr",
+        "--lr",
+        type=float,
+        nargs="+",
+        default=list(standard.lr),
+        metavar="LR",
+        help="of the head [and the backbone]",
+    )
+    how("--schedule", default=standard.schedule, metavar="S", help="constant, cosine, step or onecycle")
+    how("-wd", "--weight_decay", type=float, default=standard.weight_decay, metavar="WD", help="decoupled, as in AdamW")
+    how("-bet", "--betas", type=float, nargs=2, default=list(standard.betas), metavar=("B1", "B2"), help="of Adam")
+    how("-d", "--dropout", type=float, default=standard.dropout, metavar="SHARE")
+    how("--label_smoothing", type=float, default=0.0, metavar="SHARE")
+    how("--augment", default=standard.augment, metavar="A", help="none, flip, standard or strong")
+    how("--freeze", default=standard.freeze, metavar="F", help="none, backbone, or its first N epochs")
+    how("--ema", type=float, default=0.0, metavar="DECAY", help="validate and keep a running average of the weights")
+    how("--early_stop", type=int, default=0, metavar="N", help="stop after N epochs without a better validation loss")
+
+    where = add("where, and for how long").add_argument
+    where("--device", default="auto", metavar="D", help="auto, cpu, cuda or mps")
+    where("--precision", default="auto", metavar="P", help="auto, fp32, bf16 or fp16")
+    where(
+        "--num_workers", type=int, default=-1, metavar="N", help="loader processes; by default as the processors allow"
+    )
+    where("--checkpoint_every", default="", metavar="T", help="2 (epochs) or 30min")
+    where("--max_runtime", default="", metavar="T", help="checkpoint and exit 85 after this time, for instance 4h")
+    where("--self_checkpoint", action="store_true", help="exit 85 after each checkpoint, for HTCondor")
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    """Train as the flags say; returns the exit code."""
+    settings = settings_from(args)
+    from marten.training import train
+
+    return train(settings)
+
+
+if __name__ == "__main__":
+    enter_environment(Path(__file__).resolve().parent)
+    run(main, build_parser())
