@@ -3,7 +3,7 @@
 # It is the environment that MARTEN_VENV names, else the active one, else .venv, which is made where there is none.
 # What was installed is remembered in it by a checksum, so that a second run takes no time.
 
-say() { printf '%s\n' "$*"; }
+say() { printf '%s\n' "$@"; }
 die() { printf 'marten: %s\n' "$*" >&2; exit 1; }
 
 find_python() {

@@ -27,7 +27,8 @@ fi
 
 enter_environment requirements.txt
 
-if [ ! -e "$MAR" ] || [ -n "$(find modelspec.py models handlers deployment/model-config.yaml marten/archive.py -newer "$MAR" -not -name '*.pyc' -type f | head -n 1)" ]; then
+SOURCES=(modelspec.py handlers models deployment/model-config.yaml marten/archive.py)
+if [ ! -e "$MAR" ] || [ -n "$(find "${SOURCES[@]}" -type f -newer "$MAR" -not -name '*.pyc')" ]; then
   say "Building $MAR"
   python scripts/archive --default >/dev/null
 fi
@@ -35,7 +36,8 @@ fi
 say "Starting TorchServe with $MODEL"
 python scripts/serve start "$MODEL" --port "$PORT" >/dev/null
 
-PHOTO=$(python -c 'import importlib.util as u, pathlib; print(pathlib.Path(u.find_spec("skimage").origin).parent / "data" / "chelsea.png")')
+# where scikit-image is, without the second that importing it takes
+PHOTO=$(python -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("skimage").origin))')/data/chelsea.png
 say "" "Asking about $PHOTO, a photograph of a cat:"
 say "  curl -T $PHOTO $URL" ""
 if command -v curl >/dev/null; then
@@ -60,5 +62,5 @@ Stop it with             scripts/serve stop$FLAG
 Next, with your own pictures in one folder per label:
   python3 train_main.py --conv_net efficientnet_lite0 --data_dir PICTURES
   scripts/archive --model_path models/model_efficientnet_lite0.pth
-  scripts/serve restart$FLAG
+  scripts/serve restart $MODEL efficientnet_lite0$FLAG
 TEXT
