@@ -207,7 +207,7 @@ _SETTINGS = (
 
 def _is_current(path: Path, digest: str) -> bool:
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
             return str(stored["digest"]) == digest
     except (OSError, KeyError, ValueError, EOFError):
         return False
