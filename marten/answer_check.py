@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -47,14 +48,14 @@ def check_answers(folder: Path, spec: ModelSpec, weights: Path, python: str = sy
         ArchiveError: it does not load, fails a good picture, answers a broken one, or answers otherwise.
     """
     pictures, broken = golden_pictures()
+    wanted_NK = expected_outputs(spec, weights, list(pictures.values()))
+    wanted = spec.answers(wanted_NK, topk=max(1, len(spec.labels)))
     report = ask_archive(folder, [*pictures.values(), broken], python)
     *replies, refusal = report["replies"]
     manifest = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text(encoding="utf-8"))
     settings = read_config(folder / manifest["model"]["configFile"]).get("handler", {})
     precision = settings.get("precision", "fp32")
     largest = 0.0
-    wanted_NK = expected_outputs(spec, weights, list(pictures.values()))
-    wanted = spec.answers(wanted_NK, topk=max(1, len(spec.labels)))
     for i, (name, reply) in enumerate(zip(pictures, replies, strict=True)):
         if reply["code"] != 200:
             raise ArchiveError(f"the archive refuses the golden picture {name}: {reply['body']}")
@@ -132,9 +133,14 @@ def ask_archive(folder: Path, bodies: Sequence[bytes], python: str = sys.executa
         except subprocess.TimeoutExpired as error:
             raise ArchiveError(f"the archive did not load and answer within {_LOAD_TIMEOUT_S} s") from error
         if done.returncode != 0 or not report.is_file():
-            lines = [line for line in done.stderr.splitlines() if line.strip()]
-            raise ArchiveError(f"the archive does not load: {lines[-1] if lines else f'exit {done.returncode}'}")
+            raise ArchiveError(f"the archive does not load: {_worker_error(done.stderr) or f'exit {done.returncode}'}")
         return dict(json.loads(report.read_text(encoding="utf-8")))
+
+
+def _worker_error(stderr: str) -> str:
+    """The exception that ended a worker, in one line."""
+    errors = [line for line in stderr.splitlines() if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]
+    return errors[-1] if errors else stderr.strip()[-300:]
 
 
 def expected_outputs(spec: ModelSpec, weights: Path, pictures: Sequence[bytes]) -> Any:
@@ -152,7 +158,8 @@ def expected_outputs(spec: ModelSpec, weights: Path, pictures: Sequence[bytes]) 
     try:
         model.load_state_dict(load_state_dict(weights))
     except RuntimeError as error:
-        raise ArchiveError(f"{weights} does not fit the network {spec.arch} {dict(spec.arch_args)}: {error}") from error
+        reason = " ".join(str(error).split())[:300]
+        raise ArchiveError(f"{weights} does not fit {spec.arch} with {dict(spec.arch_args)}: {reason}") from error
     model.eval()
     pixels_NHWC = torch.stack([spec.preprocess.pixels(spec.preprocess.read(data)) for data in pictures])
     with torch.inference_mode():

@@ -10,6 +10,7 @@ interpreter, the official image's too, can be asked.
 
 from __future__ import annotations
 
+import importlib
 import json
 import struct
 import sys
@@ -28,6 +29,7 @@ def main(folder: Path, requests: Path, report: Path) -> None:
     metrics = MetricsCacheYamlImpl(str(Path(ts.__file__).parent / "configs" / "metrics.yaml"))
     metrics.initialize_cache()
     metrics.model_name = manifest["modelName"]
+    importlib.import_module(Path(manifest["handler"]).stem)  # ts would hide its ImportError behind one of its own
     service = TsModelLoader().load(
         manifest["modelName"], str(folder), manifest["handler"], None, len(bodies), None, True, metrics
     )
