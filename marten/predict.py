@@ -1,0 +1,134 @@
+"""Answers for pictures on disk, by the very functions that the server runs."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from marten.datasets import SUFFIXES
+from marten.errors import DataError, PictureError
+from marten.files import replacing
+from modelspec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer for one picture, or why there is none.
+
+    Attributes:
+        path: the picture's file.
+        answer: as the server gives it, for instance {"dog": 0.98}; None for a bad picture.
+        reason: why a bad picture has no answer, else empty.
+    """
+
+    path: Path
+    answer: dict[str, Any] | None
+    reason: str = ""
+
+
+def expand_paths(words: Sequence[str]) -> list[Path]:
+    """Files named by paths, folders and glob patterns, each once, in the order given, folders sorted.
+
+    Raises:
+        DataError: a word that names nothing, or a folder without pictures.
+    """
+    found: dict[Path, None] = {}
+    for word in words:
+        path = Path(word)
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in SUFFIXES)
+            if not inside:
+                raise DataError(f"no picture in the folder {path} ({', '.join(sorted(SUFFIXES))})")
+            found.update(dict.fromkeys(inside))
+        elif path.is_file():
+            found[path] = None
+        elif matched := sorted(glob.glob(word, recursive=True)):
+            found.update(dict.fromkeys(p for p in map(Path, matched) if p.is_file()))
+        else:
+            raise DataError(f"no picture, folder or pattern {word!r} in {Path.cwd()}")
+    return list(found)
+
+
+def predict(
+    network: torch.nn.Module,
+    spec: ModelSpec,
+    paths: Sequence[Path],
+    device: torch.device | str = "cpu",
+    topk: int | None = None,
+    batch_size: int = 16,
+) -> Iterator[Prediction]:
+    """Answer pictures in order, a bad one with its reason instead of an end to all.
+
+    Args:
+        network: in eval mode, on `device`.
+        spec: of the network.
+        paths: any number; memory holds two batches of decoded pictures at most.
+        device: where the network is.
+        topk: how many labels per answer; the card's own when None.
+        batch_size: pictures per forward pass.
+    """
+
+    def look(path: Path) -> torch.Tensor | str:
+        try:
+            return spec.preprocess.pixels(spec.preprocess.read(path))
+        except OSError as error:
+            return error.strerror or str(error)
+        except PictureError as error:
+            return str(error)
+
+    groups = [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        ahead = [pool.submit(look, path) for path in groups[0]] if groups else []
+        for number, group in enumerate(groups):
+            waiting = ahead
+            following = groups[number + 1] if number + 1 < len(groups) else []
+            ahead = [pool.submit(look, path) for path in following]
+            seen = [future.result() for future in waiting]
+            good = [pixels for pixels in seen if isinstance(pixels, torch.Tensor)]
+            answers = iter(_answer(network, spec, good, device, topk))
+            for path, pixels in zip(group, seen, strict=True):
+                yield Prediction(path, None, pixels) if isinstance(pixels, str) else Prediction(path, next(answers))
+
+
+@torch.inference_mode()
+def _answer(
+    network: torch.nn.Module, spec: ModelSpec, pixels: list[torch.Tensor], device: torch.device | str, topk: int | None
+) -> list[dict[str, Any]]:
+    if not pixels:
+        return []
+    images_NCHW = spec.preprocess.normalize(torch.stack(pixels).to(device))
+    return spec.answers(spec.logits(network, images_NCHW), topk)
+
+
+def captioned(path: Path, text: str, longest_px: int = 800) -> Image.Image:
+    """The picture, no larger than `longest_px`, with its answer in a band below it."""
+    with Image.open(path) as opened:
+        picture = opened.convert("RGB")
+    picture.thumbnail((longest_px, longest_px))
+    size_px = max(16, picture.width // 24)
+    font = ImageFont.load_default(size_px)
+    band = int(size_px * 1.8)
+    sheet = Image.new("RGB", (picture.width, picture.height + band), "white")
+    sheet.paste(picture, (0, 0))
+    ImageDraw.Draw(sheet).text((sheet.width / 2, picture.height + band / 2), text, "black", font, anchor="mm")
+    return sheet
+
+
+def save_captioned(prediction: Prediction, text: str, folder: Path) -> Path:
+    """Write the captioned picture into `folder` as <stem>.png; returns its path.
+
+    Raises:
+        MartenError: the folder cannot be written.
+    """
+    target = folder / f"{prediction.path.stem}.png"
+    with replacing(target) as neighbour:
+        captioned(prediction.path, text).save(neighbour, format="PNG")
+    return target
