@@ -87,6 +87,7 @@ def export_cells(
     project: Project,
     *,
     sample: bool = False,
+    validation: bool = False,
     factor: float | None = None,
     seed: int = 0,
     kind: str = "png",
@@ -100,6 +101,7 @@ def export_cells(
     Args:
         project: whose cells.
         sample: only training sites, balanced over classes, a share of each site's cells; otherwise every cell.
+        validation: add to a sample the validation sites, every cell of them.
         factor: that share of the median number of cells per site; None takes train.sampling.factor.
         seed: of the sample. The same seed gives the same cells, whatever the number of processes.
         kind: "png", the tree that DeepProfiler writes, or "shards".
@@ -123,6 +125,8 @@ def export_cells(
     if sample:
         share = project.config["train.sampling.factor"] if factor is None else factor
         chosen = sample_sites(project.config, index, float(share), seed)
+        if validation:
+            chosen += [(site, None) for site in index.having(project.config["train.partition.validation"])]
     report = ExportReport(folder, sites=len(chosen))
     tasks = _tasks(project.config, index, folder, chosen, seed, geometry, kind)
     with ExitStack() as stack:

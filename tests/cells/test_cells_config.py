@@ -70,9 +70,9 @@ def test_a_missing_key_is_told_with_its_kind_and_purpose():
 
 def test_keys_without_effect_and_unknown_ones_are_told():
     config = check_config(
-        changed(**{"train.sampling.cache_size": 9, "comet": "x", "train.partition.training_values": [7]})
+        changed(**{"train.sampling.alpha": 0.3, "comet": "x", "train.partition.training_values": [7]})
     )
-    assert any(note.startswith("train.sampling.cache_size changes nothing") for note in config.notes)
+    assert any(note.startswith("train.sampling.alpha changes nothing") for note in config.notes)
     assert "comet is not known here and changes nothing" in config.notes
     assert config["train.partition.training"] == [7]
 
