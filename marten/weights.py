@@ -53,13 +53,8 @@ def _imagenet_weights(architecture: Architecture) -> tuple[dict[str, torch.Tenso
     if not source:
         raise TrainingError(f"there are no ImageNet weights for {architecture.name}: use --weights none or a file")
     if "package" in source:
-        package, _, inside = source["package"].partition(":")
-        spec = importlib.util.find_spec(package)
-        if spec is None or spec.origin is None:
-            raise TrainingError(
-                f"the package {package.replace('_', '-')} with the weights of {architecture.name} is not installed"
-            )
-        return load_state_dict(Path(spec.origin).parent / inside), package.replace("_", "-")
+        path = packaged_weights(architecture)
+        return load_state_dict(path), source["package"].partition(":")[0].replace("_", "-")
     from torchvision.models import get_weight
 
     try:
@@ -72,6 +67,22 @@ def _imagenet_weights(architecture: Architecture) -> tuple[dict[str, torch.Tenso
             f"ImageNet weights of {architecture.name} ({source['torchvision']}) cannot be fetched: {reason}."
             " Give a local file with --weights FILE, or train from scratch with --weights none"
         ) from error
+
+
+def packaged_weights(architecture: Architecture) -> Path:
+    """Path of the ImageNet weights that a package brings.
+
+    Raises:
+        TrainingError: the network has no such package, or it is not installed.
+    """
+    if "package" not in architecture.pretrained:
+        raise TrainingError(f"no package holds weights of {architecture.name}")
+    package, _, inside = architecture.pretrained["package"].partition(":")
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        missing = package.replace("_", "-")
+        raise TrainingError(f"install {missing}, which holds the ImageNet weights of {architecture.name}")
+    return Path(spec.origin).parent / inside
 
 
 def save_model(path: Path, network_state: Mapping[str, torch.Tensor], card: ModelCard) -> ModelCard:
