@@ -368,13 +368,6 @@ def test_misuse_and_failure_are_one_line_each(tiny_model: Callable[..., Path], t
     assert (card.returncode, card.stderr.count("\n")) == (1, 1)
 
 
-def test_help_needs_no_torch() -> None:
-    words = [sys.executable, "-X", "importtime", str(ROOT / "scripts" / "archive"), "--help"]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert "--model_path" in done.stdout
-    assert "torch" not in {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-
-
 # ---------------------------------------------------------------------------------------- Python 3.9 and torch 2.4
 
 

@@ -1,0 +1,105 @@
+"""An archive behind a real TorchServe: parity on odd pictures, and each request of a batch with its own status."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import yaml
+
+from marten.answer_check import answer_distance, expected_outputs
+from marten.archive import MODEL_CONFIG, Archive, plan_archive, write_archive
+from marten.readiness import worker_pids
+from tests.pictures import as_base64, bad_pictures, odd_pictures
+from tests.servers import Address, Serve, free_ports
+
+pytestmark = pytest.mark.server
+ODD, BAD = odd_pictures(), bad_pictures()
+
+
+@pytest.fixture(scope="module")
+def archive(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Archive:
+    """A .mar alone in its store."""
+    planned = plan_archive(tiny_model(), name="pets", export_path=tmp_path_factory.mktemp("served") / "store")
+    write_archive(planned)
+    return planned
+
+
+@pytest.fixture(scope="module")
+def server(archive: Archive) -> Iterator[Serve]:
+    """One TorchServe with that archive for this whole module."""
+    made = Serve(archive.export_path, archive.export_path.parent / "run", free_ports())
+    started = made.run("start", "pets")
+    assert started.returncode == 0, started.stderr
+    yield made
+    assert made.run("stop", "--drain_s", "0").returncode == 0
+
+
+def ask_all(server: Serve, bodies: list[bytes], clients: int = 16) -> list[tuple[int, dict[str, object]]]:
+    """Ask from many clients at once, so that TorchServe forms batches."""
+    with ThreadPoolExecutor(clients) as pool:
+        answers = list(pool.map(lambda body: server.ask("pets", body), bodies))
+    return [(status, json.loads(body)) for status, body in answers]
+
+
+def test_odd_pictures_are_answered_as_the_state_dict_answers(server: Serve, archive: Archive) -> None:
+    spec = archive.card.spec
+    assert len(ODD) >= 50
+    wanted = spec.answers(expected_outputs(spec, archive.weights, list(ODD.values())), topk=2)
+    for name, (status, answer), expected in zip(ODD, ask_all(server, list(ODD.values())), wanted, strict=True):
+        assert status == 200, (name, answer)
+        assert answer_distance(answer, expected, spec) <= 1e-5, name
+
+
+def test_bad_pictures_cost_their_neighbours_nothing(server: Serve) -> None:
+    workers = worker_pids(Address("127.0.0.1", server.ports[1]), "pets")
+    rows = [(name, 200, data) for name, data in ODD.items()]
+    rows += [(name, status, data) for name, (status, data) in BAD.items()] * 2
+    random.Random(0).shuffle(rows)
+    for (name, wanted, _), (status, answer) in zip(rows, ask_all(server, [row[2] for row in rows]), strict=True):
+        assert status == wanted, (name, answer)
+        if status != 200:
+            assert answer["code"] == wanted
+            assert len(str(answer["request_id"])) == 36
+    assert worker_pids(Address("127.0.0.1", server.ports[1]), "pets") == workers
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("-T", "{path}"),
+        ("-X", "POST", "-T", "{path}"),
+        ("-H", "Content-Type: image/jpeg", "--data-binary", "@{path}"),
+        ("-F", "data=@{path}"),
+        ("-F", "file=@{path}"),
+        ("-F", "image=@{path}"),
+        ("-H", "Content-Type: application/json", "-d", '{{"instances":[{{"b64":"{text}"}}]}}'),
+    ],
+    ids=lambda words: " ".join(words[:3]),
+)
+def test_curl_is_answered_however_it_sends_a_picture(server: Serve, tmp_path: Path, words: tuple[str, ...]) -> None:
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(ODD["jpeg_rgb"])
+    spoken = [word.format(path=path, text=as_base64(ODD["jpeg_rgb"])) for word in words]
+    address = f"http://127.0.0.1:{server.ports[0]}/predictions/pets"
+    done = subprocess.run(["curl", "-sS", *spoken, address], capture_output=True, text=True, timeout=30, check=True)
+    ((label, probability),) = json.loads(done.stdout).items()
+    assert label in ("cat", "dog")
+    assert 0.5 <= probability <= 1
+
+
+def test_the_archives_settings_reach_torchserve(server: Serve) -> None:
+    done = subprocess.run(
+        ["curl", "-sS", f"http://127.0.0.1:{server.ports[1]}/models/pets"], capture_output=True, timeout=30, check=True
+    )
+    (model,) = json.loads(done.stdout)
+    asked = yaml.safe_load(MODEL_CONFIG.read_text(encoding="utf-8"))
+    asked.pop("handler")
+    assert {"batchSize", "maxBatchDelay", "responseTimeout", "startupTimeout"} <= set(asked)
+    assert {key: model[key] for key in asked} == asked
+    assert len(model["workers"]) == 1
