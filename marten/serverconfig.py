@@ -139,10 +139,5 @@ def read_addresses(config: Path, ports: Mapping[str, int | None]) -> dict[str, A
     return found
 
 
-def inference_port(config: Path) -> int:
-    """The port that the config names for answers."""
-    return read_addresses(config, {})["inference"].port
-
-
 def _bound_host(properties: Mapping[str, str], name: str) -> str:
     return properties.get(f"{name}_address", "http://127.0.0.1:0").partition("://")[2].rpartition(":")[0]

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import psutil
@@ -235,8 +236,6 @@ def test_two_servers_run_side_by_side(serve: Serve, echo_server: Serve) -> None:
 
 def test_every_line_of_the_config_is_known_to_torchserve() -> None:
     """A misspelt key would be ignored without a word."""
-    import zipfile
-
     import ts
 
     jar = Path(ts.__file__).parent / "frontend" / "model-server.jar"
@@ -253,3 +252,18 @@ def test_status_and_stop_without_a_server() -> None:
     assert told.returncode == 1
     assert "no TorchServe answers" in told.stderr
     assert nowhere.run("stop").returncode == 0
+
+
+def test_restart_serves_the_new_archive_and_dry_run_starts_nothing(serve: Serve) -> None:
+    dry = serve.run("start", "--dry_run")
+    assert dry.returncode == 0
+    assert "ts.model_server --start --ncs" in dry.stdout
+    assert serve.leftovers() == []
+    assert serve.run("start", "mine=echo.mar").returncode == 0
+    with zipfile.ZipFile(serve.store / "echo.mar", "a") as archive:
+        archive.writestr("note.txt", "built anew")
+    stale = serve.run("start", "mine=echo.mar")
+    assert stale.returncode == 1
+    assert "from an older archive or config: scripts/serve restart" in stale.stderr
+    assert serve.run("restart").returncode == 0
+    assert serve.ask("mine")[0] == 200
