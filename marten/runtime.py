@@ -25,7 +25,7 @@ _SOCKET_PATH_BYTES = 107
 
 def runtime_folder(port: int) -> Path:
     """Folder of the server on one inference port, below the system's temporary folder; $MARTEN_RUNTIME moves it."""
-    base = Path(os.environ.get("MARTEN_RUNTIME") or tempfile.gettempdir())
+    base = Path(os.environ.get("MARTEN_RUNTIME") or tempfile.gettempdir()).absolute()
     return base / f"marten-{os.getuid()}-{port}"
 
 
