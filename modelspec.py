@@ -92,8 +92,7 @@ def read_picture(source: Union[bytes, str, Path], min_size_px: Optional[int] = N
         Picture of mode "RGB", any size.
 
     Raises:
-        PictureError: 400 empty, 404 no such file, 413 too many pixels, 415 not an allowed format, 422 damaged or
-            absurdly long.
+        PictureError: 400 empty, 404 no such file, 413 too large, 415 not an allowed format, 422 damaged or too long.
     """
     try:
         data = source if isinstance(source, (bytes, bytearray)) else Path(source).read_bytes()
@@ -159,9 +158,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return ImageCms.profileToProfile(picture, lab, srgb, outputMode="RGB") or picture
     if mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
-        if mode in ("La", "RGBa"):
-            picture = picture.convert("LA" if mode == "La" else "RGBA")
-        rgba = picture.convert("RGBA")
+        rgba = picture.convert({"La": "LA", "RGBa": "RGBA"}.get(mode, mode)).convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
     return picture.convert("RGB")
