@@ -112,7 +112,7 @@ def read_index(project: Project, part: int | None = None, raw_images: bool = Fal
     classes = tuple(sorted({row[target] for row in rows}))
     path = whole if part is None else part_path(project, part)
     if part is not None:
-        part_header, rows = _read_table(path)
+        part_header, rows = _read_table(path, may_be_empty=True)
         _check_columns(path, part_header, header)
     _check_rows(path, rows, (*_KEYS, *channels, target))
     outlines = _read_outlines(project) if project.config.uses_outlines else {}
@@ -146,7 +146,7 @@ def split_index(project: Project, parts: int) -> list[Path]:
     """Write index-000.csv, index-001.csv, …: whole wells, nearly equal numbers of them, each site in exactly one part.
 
     Returns:
-        The files written; fewer than `parts` when there are fewer wells.
+        The files written, exactly `parts`; with more parts than wells some hold a header alone.
 
     Raises:
         CellsError: `parts` is not positive, or the table is not to be read.
@@ -155,7 +155,6 @@ def split_index(project: Project, parts: int) -> list[Path]:
         raise CellsError(f"--parts must be at least 1, found {parts}")
     index = read_index(project)
     wells = sorted({(site.plate, site.well) for site in index.sites})
-    parts = min(parts, len(wells))
     header, rows = _read_table(project.index_path)
     written = []
     for number in range(parts):
@@ -171,7 +170,7 @@ def part_path(project: Project, part: int) -> Path:
     return project.metadata / f"{project.index_path.stem}-{part:03d}{project.index_path.suffix}"
 
 
-def _read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+def _read_table(path: Path, may_be_empty: bool = False) -> tuple[list[str], list[dict[str, str]]]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file)
@@ -189,7 +188,7 @@ def _read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     for number, line in enumerate(lines, start=2):
         if len(line) != len(header):
             raise CellsError(f"{path}, row {number}: {len(line)} values for {len(header)} columns")
-    if not lines:
+    if not lines and not may_be_empty:
         raise CellsError(f"{path} has a header and no rows")
     return header, [dict(zip(header, (value.strip() for value in line), strict=True)) for line in lines]
 

@@ -82,7 +82,8 @@ def test_parts_hold_whole_wells_and_every_site_once(tiny):
     wells = [{(s.plate, s.well) for s in p.sites} for p in parts]
     assert sum(len(w) for w in wells) == len(set.union(*wells)) == 6
     assert {p.classes for p in parts} == {("DMSO", "NA", "motif")}
-    assert len(split_index(project, 100)) == 6
+    assert len(split_index(project, 9)) == 9
+    assert sorted(len(read_index(project, part).sites) for part in range(9)) == [0, 0, 0, 2, 2, 2, 2, 2, 2]
     with pytest.raises(CellsError, match="at least 1"):
         split_index(project, 0)
 
