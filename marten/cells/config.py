@@ -245,6 +245,9 @@ def check_config(raw: Any, source: str = "the configuration") -> Config:
         if near:
             raise ConfigError(f"{source}: there is no key {found}; did you mean {near[0]}?")
         notes.append(f"{found} is not known here and changes nothing")
+    if len(values.get("train.partition.targets") or ()) > 1:
+        targets = values["train.partition.targets"]
+        notes.append(f"train.partition.targets: only {targets[0]} is predicted, not {', '.join(targets[1:])}")
     config = Config(values, paths, source, tuple(notes))
     _check_together(config)
     return config
