@@ -60,6 +60,13 @@ class Bar:
         pause = 0.2 if self._rich else self._every_s
         return time.monotonic() - self._told >= pause
 
+    def of(self, done: int, total: int) -> None:
+        """Say that `done` of `total` steps are behind us, where the total is only known on the way."""
+        self._total = total
+        if self._rich:
+            self._rich.update(self._task, total=total)
+        self.step(done)
+
     def step(self, done: int, note: str = "") -> None:
         """Say that `done` of the steps are behind us."""
         told = self.wants_note()
