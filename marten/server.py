@@ -25,7 +25,7 @@ from marten.java import Java, find_java
 from marten.readiness import Address, ModelStatus, ask_model, check_models, is_loaded, set_workers, worker_pids
 from marten.runtime import Running, clear, find_process, find_running, locked, runtime_folder
 from marten.serverconfig import Settings
-from marten.serverlog import load_failure, start_failure
+from marten.serverlog import WORKER_DIED, load_failure, start_failure
 
 if TYPE_CHECKING:
     import psutil
@@ -35,7 +35,7 @@ START_TIMEOUT_S = 120.0
 DRAIN_S = 20.0
 _GONE_WITHIN_S = 5.0
 _TICK_S = 0.1
-_LOG_LAG_S = 0.5  # the line that a worker died may be written before the lines that say of what
+_LOG_LAG_S = 3.0
 # what TorchServe and its workers import; a worker that lacks one dies while /ping says Healthy
 _PACKAGES = {"ts": "torchserve", "yaml": "pyyaml", "captum": "captum", "torch": "torch", "torchvision": "torchvision"}
 # set for other programs, these would make workers import other files, or TorchServe read another config
@@ -140,11 +140,8 @@ def _wait_until_ready(running: Running, settings: Settings, timeout_s: float) ->
     statuses: dict[str, ModelStatus] = {}
     while len(statuses) < len(running.models):
         time.sleep(_TICK_S)
-        failure = load_failure(running.logs, settings.models)
-        if failure:
-            time.sleep(_LOG_LAG_S)
-            failure = load_failure(running.logs, settings.models)
-            raise ServerError(f"{failure} (all of it in {running.logs}/model_log.log)")
+        if load_failure(running.logs, settings.models):
+            raise ServerError(f"{_whole_failure(running, settings)} (all of it in {running.logs}/model_log.log)")
         if find_process(running.pid) is None:
             raise ServerError(f"TorchServe ended: {start_failure(running.logs) or 'it says nothing'} ({running.logs})")
         if time.monotonic() > deadline:
@@ -154,6 +151,16 @@ def _wait_until_ready(running: Running, settings: Settings, timeout_s: float) ->
             if name not in statuses and is_loaded(running.addresses["management"], name):
                 statuses[name] = _first_answer(running, settings, name, max(1.0, deadline - time.monotonic()))
     return [statuses[name] for name in running.models]
+
+
+def _whole_failure(running: Running, settings: Settings) -> str | None:
+    """Why a model did not load, once its worker's words are in the log; a busy Java tells of the death before them."""
+    deadline = time.monotonic() + _LOG_LAG_S
+    while True:
+        time.sleep(2 * _TICK_S)
+        failure = load_failure(running.logs, settings.models)
+        if not failure or not failure.endswith(WORKER_DIED) or time.monotonic() > deadline:
+            return failure
 
 
 def _first_answer(running: Running, settings: Settings, name: str, patience_s: float) -> ModelStatus:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+WORKER_DIED = "Worker died."
+"""All that TorchServe itself says of a worker that ended while loading."""
 _WORKER_LINE = re.compile(r"^\S+ \[[A-Z ]+\] W-\d+-(?P<model>.+)_[^_ ]+-std(?:out|err) MODEL_LOG - (?P<text>.*)$")
 _LOAD_FAILED = re.compile(r" Load model failed: (?P<model>\S+), error: (?P<text>.*)$", re.MULTILINE)
 _NOT_REGISTERED = re.compile(r" Failed to load model: (?P<file>\S+)\n(?P<text>[^\n]*)")

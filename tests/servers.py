@@ -163,6 +163,11 @@ class Clients:
         return self.told
 
 
+def allowed_s(alone_s: float) -> float:
+    """The time that a promise allows: as promised on a machine of one's own, more on one that others keep busy."""
+    return alone_s * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 def wait_until(condition, within_s: float) -> float:
     """Seconds until the condition held; fails when it does not in time."""
     begun = time.monotonic()

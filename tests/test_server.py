@@ -24,6 +24,7 @@ from tests.servers import (
     SLOW,
     Clients,
     Serve,
+    allowed_s,
     build_archive,
     echo_server,
     free_ports,
@@ -33,7 +34,6 @@ from tests.servers import (
 
 __all__ = ["echo_server", "serve"]
 pytestmark = pytest.mark.server
-FAILS_WITHIN_S = 15
 
 
 def test_answers_and_says_where(echo_server: Serve) -> None:
@@ -98,7 +98,7 @@ def test_a_model_that_cannot_load_is_told_in_one_line(serve: Serve, handler: str
     build_archive(serve.store, "broken", handler)
     begun = time.monotonic()
     failed = serve.run("start")
-    assert time.monotonic() - begun < FAILS_WITHIN_S
+    assert time.monotonic() - begun < allowed_s(15)
     assert failed.returncode == 1
     assert failed.stderr.startswith("serve: broken: ")
     assert says in failed.stderr
@@ -143,7 +143,7 @@ def test_sigterm_answers_what_was_asked_before(serve: Serve) -> None:
 def test_the_foreground_fails_when_torchserve_dies(serve: Serve) -> None:
     process = serve.foreground("echo")
     os.kill(serve.pid, signal.SIGKILL)
-    assert process.wait(10) == 1
+    assert process.wait(30) == 1
     assert "has ended, and nobody asked it to" in serve.output.read_text()
     assert serve.leftovers() == []
 
@@ -152,7 +152,7 @@ def test_sigterm_while_starting_leaves_nothing(serve: Serve) -> None:
     process = subprocess.Popen(serve.command("start"), stderr=subprocess.DEVNULL, env=serve.environment())
     wait_until((serve.folder / "state.json").exists, 30)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(15) == 130
+    assert process.wait(30) == 130
     assert serve.leftovers() == []
 
 
@@ -162,10 +162,10 @@ def test_a_frozen_worker_is_noticed_and_replaced(serve: Serve) -> None:
     os.kill(pid, signal.SIGSTOP)
     begun = time.monotonic()
     told = serve.run("status")
-    assert time.monotonic() - begun < 6
+    assert time.monotonic() - begun < allowed_s(5)
     assert told.returncode == 1
     assert "echo  NOT READY: no answer within 4 s" in told.stdout
-    wait_until(lambda: serve.run("status").returncode == 0, within_s=15 - (time.monotonic() - begun))
+    wait_until(lambda: serve.run("status").returncode == 0, within_s=allowed_s(15) - (time.monotonic() - begun))
     assert worker_pids(Address("127.0.0.1", serve.ports[1]), "echo") != [pid]
 
 
@@ -185,7 +185,7 @@ def test_a_killed_worker_costs_its_own_request_at_most(serve: Serve) -> None:
     os.kill(worker_pids(Address("127.0.0.1", serve.ports[1]), "echo")[0], signal.SIGKILL)
     longest = max(_latency_s(serve) for _ in range(20))
     told = clients.stop()
-    assert longest < 2
+    assert longest < allowed_s(2)
     assert sum(count for status, count in told.items() if status != "200") <= 1
     assert told["200"] > 20
 
