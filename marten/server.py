@@ -83,13 +83,19 @@ def command(settings: Settings, folder: Path) -> list[str]:
     ]
 
 
-def environment(java: Java, folder: Path) -> dict[str, str]:
-    """What TorchServe sees: this interpreter first on the PATH, nothing that shadows an archive's files."""
+def environment(java: Java, folder: Path, threads: int = 1) -> dict[str, str]:
+    """What TorchServe sees: this interpreter first on the PATH, nothing that shadows an archive's files.
+
+    Args:
+        java: that runs it.
+        folder: the server's private one.
+        threads: of each worker, where OMP_NUM_THREADS does not say otherwise already.
+    """
     kept = {key: value for key, value in os.environ.items() if key not in _UNWANTED}
     temp, logs = str(folder / "temp"), str(folder / "logs")
     places = {"TEMP": temp, "TMPDIR": temp, "TMP": temp, "LOG_LOCATION": logs, "METRICS_LOCATION": logs}
     path = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)])
-    return {**kept, **places, "PATH": path, **java.environment()}
+    return {"OMP_NUM_THREADS": str(threads), **kept, **places, "PATH": path, **java.environment()}
 
 
 def _launch(settings: Settings, java: Java, folder: Path) -> int:
@@ -101,7 +107,7 @@ def _launch(settings: Settings, java: Java, folder: Path) -> int:
         starter = subprocess.Popen(
             command(settings, folder),
             cwd=folder,
-            env=environment(java, folder),
+            env=environment(java, folder, settings.threads),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

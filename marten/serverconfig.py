@@ -10,6 +10,7 @@ from typing import Any
 
 from marten.errors import ServerError, UsageError
 from marten.files import MODEL_STORE, ROOT
+from marten.fitting import available_cores, available_memory, fit_threads, fit_workers, has_gpu
 from marten.readiness import Address
 
 CONFIG = ROOT / "deployment" / "config.properties"
@@ -26,7 +27,8 @@ class Settings:
         store: folder of the archives.
         config: TorchServe's properties as text, overrides included.
         addresses: by interface: "inference", "management", "metrics".
-        workers: processes for each model; None leaves it to the archive, and to the config where that says nothing.
+        workers: processes for each model; None leaves it to the archive, and where that says nothing to the cores.
+        threads: of each worker.
     """
 
     models: Mapping[str, str]
@@ -34,6 +36,7 @@ class Settings:
     config: str
     addresses: Mapping[str, Address]
     workers: int | None = None
+    threads: int = 1
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for a running server to be the one that is asked for; archives by size and time."""
@@ -57,7 +60,7 @@ def read_settings(
         store: folder of the archives.
         config: TorchServe's properties.
         ports: by interface; a port of None follows the inference port where that is given, else the config's.
-        workers: processes for each model; see `Settings`.
+        workers: processes for each model; None fits them to cores and memory, and leaves them alone on a GPU.
         number_of_gpu: how many GPUs to use at most; None for all there are.
 
     Raises:
@@ -68,13 +71,19 @@ def read_settings(
     if properties.get("disable_token_authorization", "false").lower() != "true":
         raise UsageError(f"{config} keeps TorchServe's tokens on, and scripts/serve asks its models without one")
     addresses = read_addresses(config, ports or {})
+    found = find_archives(models, store)
+    on_gpu = has_gpu() and number_of_gpu != 0
+    fitted = workers
+    if fitted is None and not on_gpu:
+        fitted = fit_workers(len(found), available_cores(), available_memory())
     overrides = [f"{name}_address=http://{_bound_host(properties, name)}:{a.port}" for name, a in addresses.items()]
-    if workers is not None:
-        overrides.append(f"default_workers_per_model={workers}")
+    if fitted is not None:
+        overrides.append(f"default_workers_per_model={fitted}")
     if number_of_gpu is not None:
         overrides.append(f"number_of_gpu={number_of_gpu}")
     text = config.read_text(encoding="utf-8") + "\n# from the command line\n" + "\n".join(overrides) + "\n"
-    return Settings(find_archives(models, store), store.resolve(), text, addresses, workers)
+    threads = fit_threads(len(found) * (fitted or 1), available_cores())
+    return Settings(found, store.resolve(), text, addresses, workers, threads)
 
 
 def read_properties(path: Path) -> dict[str, str]:

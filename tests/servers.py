@@ -88,6 +88,8 @@ class Serve:
     def command(self, verb: str, *words: str) -> list[str]:
         names = ("--port", "--management_port", "--metrics_port")
         flags = [word for name, port in zip(names, self.ports, strict=True) for word in (name, str(port))]
+        if verb in ("start", "restart") and "--workers" not in words:
+            flags += ["--workers", "1"]  # whatever the machine's cores
         return [sys.executable, str(ROOT / "scripts" / "serve"), verb, *words, "--model_store", str(self.store), *flags]
 
     def environment(self, **changes: str) -> dict[str, str]:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from marten import serverconfig
 from marten.errors import ServerError, UsageError
+from marten.fitting import fit_threads, fit_workers
 from marten.java import Java
 from marten.runtime import Running, find_running, locked, runtime_folder
 from marten.server import command, environment
@@ -83,6 +85,51 @@ def test_flags_stand_behind_the_config_and_change_the_fingerprint(tmp_path: Path
     before = plain.fingerprint()
     os.utime(tmp_path / "vgg.mar", ns=(1, 1))
     assert plain.fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("models", "cores", "memory_gb", "workers", "threads"),
+    [
+        (1, 1, 64, 1, 1),
+        (1, 2, 64, 2, 1),
+        (2, 2, 64, 1, 1),
+        (4, 2, 64, 1, 1),
+        (1, 2, 2, 1, 2),
+        (1, 16, 64, 8, 2),
+        (3, 16, 64, 5, 1),
+        (2, 64, 64, 8, 4),
+        (9, 4, 1, 1, 1),
+    ],
+)
+def test_workers_and_threads_fill_the_cores_and_no_more(
+    models: int, cores: int, memory_gb: int, workers: int, threads: int
+) -> None:
+    assert fit_workers(models, cores, memory_gb * 10**9) == workers
+    assert fit_threads(models * workers, cores) == threads
+    assert models * workers * threads <= max(cores, models)
+
+
+def test_auto_workers_stand_behind_the_config_and_threads_in_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_archive(tmp_path, "vgg")
+    monkeypatch.setattr(serverconfig, "has_gpu", lambda: False)
+    monkeypatch.setattr(serverconfig, "available_cores", lambda: 4)
+    monkeypatch.setattr(serverconfig, "available_memory", lambda: 10**12)
+    one = read_settings([], tmp_path)
+    assert one.config.endswith("default_workers_per_model=4\n")
+    assert (one.workers, one.threads) == (None, 1), "an archive's own minWorkers must win over auto"
+    assert read_settings([], tmp_path, workers=2).threads == 2
+    build_archive(tmp_path, "base_cnn")
+    assert read_settings([], tmp_path).config.endswith("default_workers_per_model=2\n")
+    monkeypatch.setattr(serverconfig, "has_gpu", lambda: True)
+    assert "from the command line" in read_settings([], tmp_path).config
+    assert "default_workers" not in read_settings([], tmp_path).config.partition("from the command line")[2]
+    java = Java(Path("/usr/bin/java"), "17", "PATH")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert environment(java, tmp_path, 3)["OMP_NUM_THREADS"] == "3"
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert environment(java, tmp_path, 3)["OMP_NUM_THREADS"] == "5"
 
 
 def test_the_laptop_s_config_opens_nothing() -> None:
