@@ -1,0 +1,149 @@
+#!/usr/bin/env bash
+# What runs on the machine that a scheduler chose: job.sh [FLAGS OF THE PROGRAM]
+#
+# The one wrapper for HTCondor, Slurm, PBS and a plain shell. It stages the data, sets the threads, runs the program in
+# the current folder, hands it the scheduler's signals, and asks to be run again in the scheduler's own way when the
+# program exits 85 (its state is saved). Run again in the folder that it left, or in a fresh one, it goes on.
+#
+# Reads from its environment; none is needed:
+#   MARTEN_HOME          the repository        (the current folder, the one around this file, or /app of the image)
+#   MARTEN_PYTHON        interpreter           (the repository's .venv, else python3)
+#   MARTEN_PROGRAM       what to run           (train_main.py)
+#   MARTEN_INPUT         a .zip, .tar, .tgz or folder that is staged on the node's own disk and given as --data_dir
+#   MARTEN_OUT           folder to make, so that a scheduler finds something to bring back whatever happens
+#   MARTEN_RUNS          file of flags: one run per line; its line number $SLURM_ARRAY_TASK_ID (PBS_ARRAY_INDEX,
+#                        MARTEN_INDEX) is added to the flags. Words are split at blanks
+#   MARTEN_SCHEDULER     htcondor, slurm, pbs or none   (what the environment shows)
+#   MARTEN_RESUBMIT      PBS: the command that submits this job again
+#   MARTEN_MAX_RESTARTS  how often a job may ask to be run again   (500)
+#   OMP_NUM_THREADS      threads of each process        (the processors that the scheduler granted)
+set -euo pipefail
+
+say() { printf '%s job.sh: %s\n' "$(date +%H:%M:%S)" "$*" >&2; }
+die() { say "$*"; exit 2; }
+
+# ------------------------------------------------------------------------------------------------ where things are
+[[ -z ${MARTEN_OUT:-} ]] || mkdir -p "$MARTEN_OUT"
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+program=${MARTEN_PROGRAM:-train_main.py}
+home=""
+for folder in "${MARTEN_HOME:-}" "$PWD" "$here/.." /app; do
+  if [[ -z $home && -n $folder && -f $folder/$program ]]; then
+    home=$(cd "$folder" && pwd)
+  fi
+done
+[[ -n $home ]] || die "no $program in \$MARTEN_HOME (${MARTEN_HOME:-not set}), $PWD or /app: set MARTEN_HOME"
+python=${MARTEN_PYTHON:-}
+if [[ -z $python ]]; then
+  python=python3
+  [[ ! -x $home/.venv/bin/python ]] || python=$home/.venv/bin/python
+fi
+command -v "$python" >/dev/null || die "no interpreter $python on $(hostname): set MARTEN_PYTHON"
+
+scheduler=${MARTEN_SCHEDULER:-}
+if [[ -z $scheduler ]]; then
+  # Slurm before PBS: sites that offer qsub on Slurm set the variables of both
+  if [[ -n ${_CONDOR_SCRATCH_DIR:-} ]]; then scheduler=htcondor
+  elif [[ -n ${SLURM_JOB_ID:-} ]]; then scheduler=slurm
+  elif [[ -n ${PBS_JOBID:-} ]]; then scheduler=pbs
+  else scheduler=none
+  fi
+fi
+
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-${NCPUS:-$(nproc)}}}"
+export PYTHONUNBUFFERED=1
+
+# ----------------------------------------------------------------------------------------------- what is to be run
+words=("$@")
+if [[ -n ${MARTEN_RUNS:-} ]]; then
+  index=${SLURM_ARRAY_TASK_ID:-${PBS_ARRAY_INDEX:-${PBS_ARRAYID:-${MARTEN_INDEX:-}}}}
+  [[ $index =~ ^[1-9][0-9]*$ ]] || die "\$MARTEN_RUNS needs an array index from 1 on, found '$index'"
+  line=$(sed -n "${index}p" "$MARTEN_RUNS")
+  [[ -n $line ]] || die "$MARTEN_RUNS has no line $index"
+  read -ra more <<<"$line"
+  words+=("${more[@]}")
+fi
+
+# ----------------------------------------------------------------------------------- run it, handing signals over
+child=0
+asked=""
+hand_over() {
+  asked=$1
+  say "got SIG$1"
+  (( child == 0 )) || kill -s "$1" "$child" 2>/dev/null || true
+}
+for name in TERM USR1 INT; do
+  # shellcheck disable=SC2064  # the name is meant now
+  trap "hand_over $name" "$name"
+done
+
+supervise() { # supervise COMMAND...: its exit code, however many signals come in between
+  local code=0
+  "$@" &
+  child=$!
+  while true; do
+    code=0
+    wait "$child" || code=$?
+    # wait also returns when a trap ran; the child's own code comes only after its end
+    kill -0 "$child" 2>/dev/null || break
+  done
+  # a signal that arrived with the child's end has hidden its code: ask once more, the shell remembers it
+  if (( code > 128 )) && [[ -n $asked ]]; then
+    code=0
+    wait "$child" || code=$?
+  fi
+  child=0
+  return "$code"
+}
+
+code=0
+if [[ -n ${MARTEN_INPUT:-} ]]; then
+  place=$(mktemp "${TMPDIR:-/tmp}/marten-staged.XXXXXX")
+  stage() { exec "$python" "$home/scripts/stage" "$MARTEN_INPUT" >"$place"; }
+  supervise stage || code=$?
+  words+=(--data_dir "$(<"$place")")
+  rm -f "$place"
+  if [[ -n $asked && $code -ne 0 ]]; then
+    code=85  # what is staged stays staged where the disk stays; nothing else was begun
+  fi
+fi
+if (( code == 0 )) && [[ -n $asked ]]; then
+  code=85
+fi
+if (( code == 0 )); then
+  say "$(hostname), $scheduler, $OMP_NUM_THREADS threads: $program ${words[*]}"
+  supervise "$python" "$home/$program" "${words[@]}" || code=$?
+  say "$program exited $code"
+fi
+
+# --------------------------------------------------------------------------------------- run me again, said once
+(( code == 85 )) || exit "$code"
+if [[ $asked == TERM || $asked == INT ]]; then
+  # sent to end the job: by its owner (scancel, qdel), or by a preemption, after which the scheduler itself starts it
+  # again. A job that put itself back then could not be cancelled
+  say "ended by SIG$asked with its state saved: the same job goes on from there"
+  exit 85
+fi
+case $scheduler in
+slurm)
+  restarts=${SLURM_RESTART_COUNT:-0}
+  (( restarts < ${MARTEN_MAX_RESTARTS:-500} )) || { say "restarted $restarts times: enough"; exit 1; }
+  say "asking Slurm to run job $SLURM_JOB_ID again (restart $((restarts + 1)))"
+  # Slurm takes a requeued job down itself; until then an exit would end it for good
+  trap '' TERM USR1 INT
+  scontrol requeue "$SLURM_JOB_ID" && sleep 300
+  say "Slurm did not take job $SLURM_JOB_ID back: submit it again by hand"
+  ;;
+pbs)
+  restarts=${MARTEN_RESTARTS:-0}
+  (( restarts < ${MARTEN_MAX_RESTARTS:-500} )) || { say "restarted $restarts times: enough"; exit 1; }
+  [[ -n ${MARTEN_RESUBMIT:-} ]] || { say "MARTEN_RESUBMIT is not set: submit the job again by hand"; exit 85; }
+  export MARTEN_RESTARTS=$((restarts + 1))
+  if next=$(bash -c "$MARTEN_RESUBMIT"); then
+    say "goes on as job $next"
+    exit 0
+  fi
+  say "qsub refused: submit the job again by hand"
+  ;;
+esac
+exit 85
