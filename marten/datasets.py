@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import os
 import re
 from collections import Counter
@@ -59,6 +60,12 @@ class PictureSet:
     labels: tuple[str, ...]
     samples: tuple[Sample, ...]
     rejected: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What the set is called: its folder or table, or the folder around one that is called train."""
+        root = self.root.resolve()
+        return root.parent.name if root.name == "train" else root.stem if root.is_file() else root.name
 
     @property
     def digest(self) -> str:
@@ -187,6 +194,16 @@ def split(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[list[S
     training = [s for s in samples if (s.key or s.id) not in chosen]
     validation = [s for s in samples if (s.key or s.id) in chosen]
     return sorted(training, key=lambda s: s.id), sorted(validation, key=lambda s: s.id)
+
+
+def split_table(labels: Sequence[str], training: Sequence[Sample], validation: Sequence[Sample]) -> str:
+    """A split as CSV text with the columns path, label and split."""
+    rows = io.StringIO()
+    writer = csv.writer(rows, lineterminator="\n")
+    writer.writerow(("path", "label", "split"))
+    for part, samples in (("train", training), ("validation", validation)):
+        writer.writerows((sample.id, labels[sample.label], part) for sample in samples)
+    return rows.getvalue()
 
 
 def _training_folder(root: Path) -> Path:

@@ -20,11 +20,17 @@ def provenance() -> dict[str, str]:
     for package in ("torch", "torchvision", "pillow"):
         versions[package] = importlib.metadata.version(package)
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *map(_without_place, sys.argv[1:])]),
         "commit": _commit(),
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
+
+
+def _without_place(word: str) -> str:
+    """Shorten an absolute path to its last name: a card travels, and need not tell of this machine's folders."""
+    flag, equals, value = word.rpartition("=")
+    return f"{flag}{equals}…/{Path(value).name}" if value.startswith("/") else word
 
 
 def _commit() -> str:

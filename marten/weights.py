@@ -97,7 +97,9 @@ def save_model(path: Path, network_state: Mapping[str, torch.Tensor], card: Mode
         MartenError: the folder cannot be written.
     """
     buffer = io.BytesIO()
-    torch.save({name: t.detach().cpu().contiguous().clone() for name, t in network_state.items()}, buffer)
+    # copied into fresh tensors: a 1x1 kernel in channels_last memory counts as contiguous, yet keeps other strides
+    plain = {name: torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()) for name, t in network_state.items()}
+    torch.save(plain, buffer)
     with replacing(path) as neighbour:
         neighbour.write_bytes(buffer.getbuffer())
     card = replace(card, weights_sha256=sha256_file(path))

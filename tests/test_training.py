@@ -237,14 +237,14 @@ def test_real_signals_and_kill_9_end_in_the_same_bits(folder: Path, tmp_path: Pa
     broken = tmp_path / "broken"
     words = ("--checkpoint_every", "1")
     for number, code in ((signal.SIGTERM, CHECKPOINTED), (signal.SIGUSR1, CHECKPOINTED), (signal.SIGKILL, -9)):
-        running = subprocess.Popen(command(folder, broken, *words), env=environment, stdout=subprocess.PIPE, text=True)
-        assert running.stdout is not None
-        for line in running.stdout:
-            if line.startswith("Epoch"):
-                break
-        running.send_signal(number)
-        running.stdout.read()
-        assert running.wait(60) == code
+        with subprocess.Popen(
+            command(folder, broken, *words), env=environment, stdout=subprocess.PIPE, text=True
+        ) as running:
+            assert running.stdout is not None
+            next(line for line in running.stdout if line.startswith("Epoch"))
+            running.send_signal(number)
+            running.stdout.read()
+            assert running.wait(60) == code
         wait_for(broken / "model.run" / "checkpoint.pt")
     subprocess.run(command(folder, broken, *words), check=True, env=environment, stdout=subprocess.DEVNULL)
     assert result(broken) == result(straight)

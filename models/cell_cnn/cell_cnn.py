@@ -21,14 +21,32 @@ PRETRAINED = {}
 class CellCNN(nn.Module):
     """Blocks of convolution, batch norm, ReLU and pooling, then features and classes.
 
+    Args:
+        num_classes: width of the last layer.
+        dropout: share of features that the last layer does not see while training.
+        blocks: of convolution and pooling.
+        feature_dim: width of the layer "features".
+        channels: of the input.
+        strips: also take pictures with the channels side by side, (batch, 3, side, side x channels), grey in three
+            equal colours: how a server receives a crop of many channels.
+        output: layer that `forward` gives instead of the logits, averaged over space; empty for the logits.
+
     Attributes:
         layers: names that `features` knows, in the order in which they are computed.
     """
 
     def __init__(
-        self, num_classes: int = 2, dropout: float = 0.0, blocks: int = 4, feature_dim: int = 256, channels: int = 3
+        self,
+        num_classes: int = 2,
+        dropout: float = 0.0,
+        blocks: int = 4,
+        feature_dim: int = 256,
+        channels: int = 3,
+        strips: bool = False,
+        output: str = "",
     ) -> None:
         super().__init__()
+        self.channels, self.strips, self.output = channels, strips, output
         self.blocks = nn.ModuleList()
         count = channels
         for number in range(blocks):
@@ -43,7 +61,15 @@ class CellCNN(nn.Module):
         self.feature_dim = feature_dim
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits of shape (batch, classes) for images of shape (batch, channels, height, width)."""
+        """Logits (batch, classes), or features of `output`, for images of (batch, channels, height, width)."""
+        if self.strips:
+            x = _unfolded(x, self.channels)
+        if self.output:
+            found = self.features(x, self.output)
+            return found.mean((2, 3)) if found.ndim == 4 else found
+        return self._logits(x)
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
         return self.ClassProb(self.dropout(self.features(x, "features")))
 
     def features(self, x: torch.Tensor, layer: str = "features") -> torch.Tensor:
@@ -59,10 +85,18 @@ class CellCNN(nn.Module):
         if layer not in self.layers:
             raise KeyError("no layer {!r} in CellCNN; there are {}".format(layer, ", ".join(self.layers)))
         if layer == "ClassProb":
-            return self.forward(x).float().softmax(1)
+            return self._logits(x).float().softmax(1)
         for number, block in enumerate(self.blocks, start=1):
             x = block(x)
             if layer == "block{}".format(number):
                 return x
         x = x.mean((2, 3))
         return x if layer == "pool5" else F.relu(self.dense(x))
+
+
+def _unfolded(x: torch.Tensor, channels: int) -> torch.Tensor:
+    """Fold strips, channels side by side and grey in three colours, into (batch, channels, side, side)."""
+    count, colours, side, length = x.shape
+    if colours != 3 or length != channels * side:
+        return x
+    return x[:, 0].reshape(count, side, channels, side).permute(0, 2, 1, 3)

@@ -46,12 +46,30 @@ _DROP_CONNECT = 0.2
 class EfficientNet(nn.Module):
     """EfficientNet of a given size; `dropout` acts before the last layer, whole blocks drop with up to 0.2.
 
+    Args:
+        num_classes: width of the last layer.
+        dropout: share of features that the last layer does not see while training.
+        size: 0 to 7, for B0 to B7.
+        channels: of the input.
+        strips: also take pictures with the channels side by side, (batch, 3, side, side x channels), grey in three
+            equal colours: how a server receives a crop of many channels.
+        output: layer that `forward` gives instead of the logits, averaged over space; empty for the logits.
+
     Attributes:
         layers: names that `features` knows, in the order in which they are computed.
     """
 
-    def __init__(self, num_classes: int = 2, dropout: float = 0.0, size: int = 0, channels: int = 3) -> None:
+    def __init__(
+        self,
+        num_classes: int = 2,
+        dropout: float = 0.0,
+        size: int = 0,
+        channels: int = 3,
+        strips: bool = False,
+        output: str = "",
+    ) -> None:
         super().__init__()
+        self.channels, self.strips, self.output = channels, strips, output
         width, depth = _SCALES[size]
         self.plan: List[Tuple[str, int, int, bool, float]] = []
         self.layers: List[str] = ["stem_conv", "stem_bn", "stem_activation"]
@@ -108,7 +126,15 @@ class EfficientNet(nn.Module):
         nn.init.zeros_(self.ClassProb.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits of shape (batch, classes) for images of shape (batch, channels, height, width)."""
+        """Logits (batch, classes), or features of `output`, for images of (batch, channels, height, width)."""
+        if self.strips:
+            x = _unfolded(x, self.channels)
+        if self.output:
+            found = self.features(x, self.output)
+            return found.mean((2, 3)) if found.ndim == 4 else found
+        return self._logits(x)
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
         return self.ClassProb(self.dropout(self._run(x, "pool5")))
 
     def features(self, x: torch.Tensor, layer: str = "pool5") -> torch.Tensor:
@@ -124,7 +150,7 @@ class EfficientNet(nn.Module):
         if layer not in self.layers:
             raise KeyError("no layer {!r} in EfficientNet; for instance {}".format(layer, ", ".join(self.layers[-8:])))
         if layer == "ClassProb":
-            return self.forward(x).float().softmax(1)
+            return self._logits(x).float().softmax(1)
         return self._run(x, layer)
 
     def _run(self, x: torch.Tensor, until: str) -> torch.Tensor:
@@ -204,3 +230,11 @@ def _dropped(x: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
         return x
     keep = torch.empty((x.shape[0], 1, 1, 1), dtype=x.dtype, device=x.device).bernoulli_(1 - rate)
     return x * keep / (1 - rate)
+
+
+def _unfolded(x: torch.Tensor, channels: int) -> torch.Tensor:
+    """Fold strips, channels side by side and grey in three colours, into (batch, channels, side, side)."""
+    count, colours, side, length = x.shape
+    if colours != 3 or length != channels * side:
+        return x
+    return x[:, 0].reshape(count, side, channels, side).permute(0, 2, 1, 3)

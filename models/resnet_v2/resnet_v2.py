@@ -23,12 +23,30 @@ _BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 class ResNetV2(nn.Module):
     """Pre-activation ResNet of a given depth; `dropout` acts before the last layer.
 
+    Args:
+        num_classes: width of the last layer.
+        dropout: share of features that the last layer does not see while training.
+        depth: 50, 101 or 152 layers.
+        channels: of the input.
+        strips: also take pictures with the channels side by side, (batch, 3, side, side x channels), grey in three
+            equal colours: how a server receives a crop of many channels.
+        output: layer that `forward` gives instead of the logits, averaged over space; empty for the logits.
+
     Attributes:
         layers: names that `features` knows, in the order in which they are computed.
     """
 
-    def __init__(self, num_classes: int = 2, dropout: float = 0.0, depth: int = 50, channels: int = 3) -> None:
+    def __init__(
+        self,
+        num_classes: int = 2,
+        dropout: float = 0.0,
+        depth: int = 50,
+        channels: int = 3,
+        strips: bool = False,
+        output: str = "",
+    ) -> None:
         super().__init__()
+        self.channels, self.strips, self.output = channels, strips, output
         self.conv1_conv = nn.Conv2d(channels, 64, 7, 2, padding=3)
         self.plan: List[Tuple[str, int, bool]] = []
         self.layers: List[str] = ["conv1_conv", "pool1_pool"]
@@ -64,7 +82,15 @@ class ResNetV2(nn.Module):
         self.layers += [name + "_preact_relu", name + "_1_relu", name + "_2_relu", name + "_out"]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits of shape (batch, classes) for images of shape (batch, channels, height, width)."""
+        """Logits (batch, classes), or features of `output`, for images of (batch, channels, height, width)."""
+        if self.strips:
+            x = _unfolded(x, self.channels)
+        if self.output:
+            found = self.features(x, self.output)
+            return found.mean((2, 3)) if found.ndim == 4 else found
+        return self._logits(x)
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
         return self.ClassProb(self.dropout(self._run(x, "pool5")))
 
     def features(self, x: torch.Tensor, layer: str = "pool5") -> torch.Tensor:
@@ -80,7 +106,7 @@ class ResNetV2(nn.Module):
         if layer not in self.layers:
             raise KeyError("no layer {!r} in ResNetV2; for instance {}".format(layer, ", ".join(self.layers[-6:])))
         if layer == "ClassProb":
-            return self.forward(x).float().softmax(1)
+            return self._logits(x).float().softmax(1)
         return self._run(x, layer)
 
     def _run(self, x: torch.Tensor, until: str) -> torch.Tensor:
@@ -116,3 +142,11 @@ class ResNetV2(nn.Module):
 
 def _batch_norm(features: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(features, eps=1.001e-5, momentum=0.01)
+
+
+def _unfolded(x: torch.Tensor, channels: int) -> torch.Tensor:
+    """Fold strips, channels side by side and grey in three colours, into (batch, channels, side, side)."""
+    count, colours, side, length = x.shape
+    if colours != 3 or length != channels * side:
+        return x
+    return x[:, 0].reshape(count, side, channels, side).permute(0, 2, 1, 3)

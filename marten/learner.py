@@ -1,0 +1,147 @@
+"""What learns: a network with its optimizer, one step at a time, and the judge of what it has learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from marten.architectures import Architecture, build_network
+from marten.devices import Runtime
+from marten.metrics import Running
+from marten.schedules import learning_rate_factor
+from marten.settings import Settings
+from marten.streams import stream
+from marten.weights import start_weights
+from modelspec import ModelSpec
+
+
+class Learner:
+    """A network in training.
+
+    Args:
+        settings: of the run.
+        architecture: of the network.
+        spec: what will serve; its preprocessing makes the network's input.
+        runtime: device and number format.
+
+    Attributes:
+        network: on the device, in channels_last memory.
+        origin: where its first weights came from.
+
+    Raises:
+        TrainingError: first weights out of reach or of another network.
+    """
+
+    def __init__(self, settings: Settings, architecture: Architecture, spec: ModelSpec, runtime: Runtime) -> None:
+        self._settings = settings
+        self._head = architecture.head
+        self._spec = spec
+        self._runtime = runtime
+        torch.manual_seed(stream(settings.seed, "weights"))
+        network = build_network(spec.arch, spec.arch_args)
+        self.origin = start_weights(network, architecture, settings.weights)
+        self.network = network.to(runtime.device).to(memory_format=torch.channels_last)
+        named = list(network.named_parameters())
+        self._backbone = [p for name, p in named if not name.startswith(self._head)]
+        head = [p for name, p in named if name.startswith(self._head)]
+        self._base_lr = (settings.lr[0], settings.lr[-1])
+        self._optimizer = torch.optim.AdamW(
+            [{"params": head}, {"params": self._backbone}],
+            lr=settings.lr[0],
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+        )
+        self._scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
+        self._average = None
+        if settings.ema:
+            average = get_ema_multi_avg_fn(settings.ema)  # type: ignore[no-untyped-call]
+            self._average = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
+        self._loss = nn.CrossEntropyLoss(reduction="none", label_smoothing=settings.label_smoothing)
+
+    @property
+    def candidate(self) -> nn.Module:
+        """The network that is validated and kept: the running average where one is kept."""
+        return self.network if self._average is None else self._average.module
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the head in the last step."""
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Let the backbone learn or hold it still, batch norm included, as --freeze says for this epoch."""
+        freeze = self._settings.freeze
+        frozen = freeze == "backbone" or (freeze.isdecimal() and epoch < int(freeze))
+        for parameter in self._backbone:
+            parameter.requires_grad_(not frozen)
+        self.network.train()
+        if frozen:
+            for name, module in self.network.named_modules():
+                if isinstance(module, nn.BatchNorm2d) and not name.startswith(self._head):
+                    module.eval()
+
+    def learn(self, pixels_NHWC: torch.Tensor, labels_N: torch.Tensor, step: int, steps: int, seen: Running) -> None:
+        """Take one step of the optimizer.
+
+        Args:
+            pixels_NHWC: uint8, shape (batch, height, width, 3).
+            labels_N: int64, shape (batch,).
+            step: its number in the whole run, from 0.
+            steps: how many the whole run has.
+            seen: gets the losses and hits of this batch.
+        """
+        device = self._runtime.device
+        # dropout and the like draw from here: a function of the place in the run, so nothing of it is saved
+        torch.manual_seed(stream(self._settings.seed, "step", step))
+        factor = learning_rate_factor(self._settings.schedule, step, steps)
+        for group, base in zip(self._optimizer.param_groups, self._base_lr, strict=True):
+            group["lr"] = base * factor
+        images_NCHW = self._spec.preprocess.normalize(pixels_NHWC.to(device, non_blocking=True))
+        labels_N = labels_N.to(device, non_blocking=True)
+        with self._runtime.autocast():
+            logits_NK = self.network(images_NCHW)
+        losses_N = self._loss(logits_NK.float(), labels_N)
+        self._optimizer.zero_grad()
+        self._scaler.scale(losses_N.mean()).backward()
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        if self._average is not None:
+            self._average.update_parameters(self.network)
+        seen.add(losses_N, logits_NK.argmax(1) == labels_N)
+
+    @torch.inference_mode()
+    def judge(
+        self, network: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], runtime: Runtime
+    ) -> Running:
+        """Loss and accuracy of a network on held-out batches, through the transform that serves."""
+        network.eval()
+        seen = Running(runtime.device)
+        for pixels_NHWC, labels_N in batches:
+            images_NCHW = self._spec.preprocess.normalize(pixels_NHWC.to(runtime.device))
+            labels_N = labels_N.to(runtime.device)
+            with runtime.autocast():
+                logits_NK = self._spec.logits(network, images_NCHW)
+            losses_N = nn.functional.cross_entropy(logits_NK, labels_N, reduction="none")
+            seen.add(losses_N, logits_NK.argmax(1) == labels_N)
+        return seen
+
+    def state(self) -> dict[str, Any]:
+        """Everything of it that the rest of a run depends on: tensors and plain Python."""
+        return {
+            "network": self.network.state_dict(),
+            "average": None if self._average is None else self._average.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go back to a state that `state` gave."""
+        self.network.load_state_dict(state["network"])
+        if self._average is not None:
+            self._average.load_state_dict(state["average"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
