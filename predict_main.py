@@ -50,8 +50,9 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError(f"--topk must be at least 1, found {args.topk}")
     path = Path(args.model_path) if args.model_path else MODELS / f"model_{args.conv_net or 'vgg'}.pth"
     from marten.devices import choose_runtime
-    from marten.predict import captioned, expand_paths, predict, save_captioned
+    from marten.predict import captioned, predict, save_captioned
     from marten.weights import load_model
+    from marten.wording import answer_text, expand_paths
 
     paths = expand_paths(args.img_path)
     network, card = load_model(path)
@@ -64,7 +65,7 @@ def main(args: argparse.Namespace) -> int:
             print(f"{prediction.path}: {prediction.reason}", file=sys.stderr)
             code = FAILED
             continue
-        text = ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in prediction.answer.items())
+        text = answer_text(prediction.answer)
         if args.json:
             print(json.dumps({"path": str(prediction.path), **prediction.answer}))
         else:

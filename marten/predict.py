@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +12,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from marten.datasets import SUFFIXES
-from marten.errors import DataError, PictureError
+from marten.errors import PictureError
 from marten.files import replacing
 from modelspec import ModelSpec
 
@@ -32,29 +30,6 @@ class Prediction:
     path: Path
     answer: dict[str, Any] | None
     reason: str = ""
-
-
-def expand_paths(words: Sequence[str]) -> list[Path]:
-    """Files named by paths, folders and glob patterns, each once, in the order given, folders sorted.
-
-    Raises:
-        DataError: a word that names nothing, or a folder without pictures.
-    """
-    found: dict[Path, None] = {}
-    for word in words:
-        path = Path(word)
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in SUFFIXES)
-            if not inside:
-                raise DataError(f"no picture in the folder {path} ({', '.join(sorted(SUFFIXES))})")
-            found.update(dict.fromkeys(inside))
-        elif path.is_file():
-            found[path] = None
-        elif matched := sorted(glob.glob(word, recursive=True)):
-            found.update(dict.fromkeys(p for p in map(Path, matched) if p.is_file()))
-        else:
-            raise DataError(f"no picture, folder or pattern {word!r} in {Path.cwd()}")
-    return list(found)
 
 
 def predict(
