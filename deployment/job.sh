@@ -9,7 +9,7 @@
 #   MARTEN_HOME          the repository        (the current folder, the one around this file, or /app of the image)
 #   MARTEN_PYTHON        interpreter           (the repository's .venv, else python3)
 #   MARTEN_PROGRAM       what to run           (train_main.py)
-#   MARTEN_INPUT         a .zip, .tar, .tgz or folder that is staged on the node's own disk and given as --data_dir
+#   MARTEN_INPUT         given as --data_dir: a .zip, .tar or .tgz is staged on the node's own disk before
 #   MARTEN_OUT           folder to make, so that a scheduler finds something to bring back whatever happens
 #   MARTEN_RUNS          file of flags: one run per line; its line number $SLURM_ARRAY_TASK_ID (PBS_ARRAY_INDEX,
 #                        MARTEN_INDEX) is added to the flags. Words are split at blanks
@@ -98,11 +98,18 @@ supervise() { # supervise COMMAND...: its exit code, however many signals come i
 
 code=0
 if [[ -n ${MARTEN_INPUT:-} ]]; then
-  place=$(mktemp "${TMPDIR:-/tmp}/marten-staged.XXXXXX")
-  stage() { exec "$python" "$home/scripts/stage" "$MARTEN_INPUT" >"$place"; }
-  supervise stage || code=$?
-  words+=(--data_dir "$(<"$place")")
-  rm -f "$place"
+  # HTCondor puts what came from afar beside us, under its last name
+  [[ $scheduler != htcondor || ! -e ${MARTEN_INPUT##*/} ]] || MARTEN_INPUT=${MARTEN_INPUT##*/}
+  if [[ -d $MARTEN_INPUT || $MARTEN_INPUT == *.[ct]sv ]]; then
+    data=$MARTEN_INPUT
+  else
+    place=$(mktemp "${TMPDIR:-/tmp}/marten-staged.XXXXXX")
+    stage() { exec "$python" "$home/scripts/stage" "$MARTEN_INPUT" >"$place"; }
+    supervise stage || code=$?
+    data=$(<"$place")
+    rm -f "$place"
+  fi
+  words+=(--data_dir "$data")
   if [[ -n $asked && $code -ne 0 ]]; then
     code=85  # what is staged stays staged where the disk stays; nothing else was begun
   fi
@@ -111,7 +118,7 @@ if (( code == 0 )) && [[ -n $asked ]]; then
   code=85
 fi
 if (( code == 0 )); then
-  say "$(hostname), $scheduler, $OMP_NUM_THREADS threads: $program ${words[*]}"
+  say "$(hostname):$PWD, $scheduler, $OMP_NUM_THREADS threads: $program ${words[*]}"
   supervise "$python" "$home/$program" "${words[@]}" || code=$?
   say "$program exited $code"
 fi
