@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,7 +210,13 @@ def _hooked(network: torch.nn.Module, x: torch.Tensor, layer: str) -> torch.Tens
             raise CellsError("the network pools without a layer of its own: name a convolutional layer instead")
         layer = pools[-1]
     kept: list[torch.Tensor] = []
-    handle = modules[layer].register_forward_hook(lambda _m, _i, output: kept.append(output))
+    mine = threading.get_ident()
+
+    def keep(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+        if threading.get_ident() == mine:  # other threads run the same network at the same time
+            kept.append(output)
+
+    handle = modules[layer].register_forward_hook(keep)
     try:
         network(x)
     finally:

@@ -21,6 +21,7 @@ from torch import nn
 from marten.architectures import build_network
 from marten.cells.augment import augment
 from marten.cells.crop_batches import CropBatches, CropSet
+from marten.cells.endpoint import strip_preprocess
 from marten.cells.errors import CellsError
 from marten.cells.networks import TRAINED, network_args
 from marten.cells.project import Project
@@ -92,7 +93,8 @@ class CellTraining:
             name=project.experiment,
             arch=arch,
             labels=self.crops.labels,
-            arch_args={**args, "num_classes": len(self.crops.labels)},
+            arch_args={**args, "num_classes": len(self.crops.labels), "strips": True},
+            preprocess=strip_preprocess(config),
         )
         torch.manual_seed(stream(seed, "weights"))
         network = build_network(self.spec.arch, self.spec.arch_args)
