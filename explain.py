@@ -16,14 +16,9 @@ from PIL import Image
 
 from modelspec import ModelSpec
 
-# from no colour through yellow to red; also told apart without seeing red from green
-_COLOURS = (
-    (0.0, (68, 1, 84)),
-    (0.25, (59, 82, 139)),
-    (0.5, (33, 145, 140)),
-    (0.75, (94, 201, 98)),
-    (1.0, (253, 231, 37)),
-)
+# viridis, which is also read by eyes that do not tell red from green
+_STOPS = (0.0, 0.25, 0.5, 0.75, 1.0)
+_COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
 
 def heat_map(
@@ -41,28 +36,29 @@ def heat_map(
         (float32 of shape (height, width) on the CPU in 0..1, 1 where it was seen most; the index that it is for).
 
     Raises:
-        ValueError: the network has no convolution.
+        ValueError: the network has no convolution over a picture.
     """
     device = next(network.parameters()).device
     held: list[torch.Tensor] = []
 
-    def hold(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        output.retain_grad()
-        held.append(output)
+    def hold(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        if min(output.shape[2:]) > 1:  # squeeze-and-excitation convolves single pixels
+            held[:] = [output]
+        return output.clone()  # what follows may work in place
 
-    convolutions = [module for module in network.modules() if isinstance(module, torch.nn.Conv2d)]
-    if not convolutions:
-        raise ValueError("the network has no convolution to look into")
-    handle = convolutions[-1].register_forward_hook(hold)
+    handles = [m.register_forward_hook(hold) for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
     try:
         with torch.inference_mode(False), torch.enable_grad():
             images_NCHW = spec.preprocess.normalize(pixels_HWC.clone().unsqueeze(0).to(device)).requires_grad_()
             outputs_K = network(images_NCHW)[0].float()
+            if not held:
+                raise ValueError("the network has no convolution over a picture: there is nothing to look into")
             index = int(outputs_K.argmax()) if label is None else label
             (gradient,) = torch.autograd.grad(outputs_K[index], held[0])
         activation = held[0].detach()
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     weights = gradient.mean((2, 3), keepdim=True)
     seen_HW = (weights * activation).sum(1, keepdim=True).relu().float()
     height, width = spec.preprocess.size_px
