@@ -16,7 +16,7 @@ import json
 import math
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 from PIL import Image, ImageCms, ImageOps
 
@@ -327,8 +327,8 @@ class ModelSpec:
         if problems:
             raise CardError("model {!r}: ".format(self.name) + "; ".join(problems))
 
-    def logits(self, model: torch.nn.Module, images_NCHW: torch.Tensor) -> torch.Tensor:
-        """Run the network; returns float32 outputs of shape (batch, outputs)."""
+    def logits(self, model: Callable[[torch.Tensor], torch.Tensor], images_NCHW: torch.Tensor) -> torch.Tensor:
+        """Run the network, or an engine in its place; returns float32 outputs of shape (batch, outputs)."""
         out: torch.Tensor = model(images_NCHW)
         if self.mirror:
             out = (out + model(images_NCHW.flip(3))) / 2

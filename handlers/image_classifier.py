@@ -1,4 +1,4 @@
-"""The TorchServe handler: one class on ts's ImageClassifier, thin over modelspec.
+"""The TorchServe handler: one class on ts's ImageClassifier, thin over modelspec and engines.
 
 A batch goes through four steps, and only the third needs all its pictures at once:
 
@@ -8,7 +8,7 @@ Every row has its own fate. A row that cannot be answered gets its own status an
 (`{"code", "type", "message", "request_id"}`); its neighbours keep their answers.
 
 TorchServe builds the one class of this file, whatever its name, so a second class of any kind must not stand here.
-It runs on Python 3.9 with torch 2.4 as well, and imports nothing of ours but modelspec.
+It runs on Python 3.9 with torch 2.4 as well, and imports nothing of ours but modelspec and engines.
 """
 
 from __future__ import annotations
@@ -19,25 +19,31 @@ import dataclasses
 import importlib
 import json
 import logging
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Union
 
 import torch
-from ts.torch_handler.base_handler import BaseHandler
-from ts.torch_handler.image_classifier import ImageClassifier
-from ts.utils.util import list_classes_from_module
 
-import modelspec
-from modelspec import CardError, ModelCard, PictureError
+# ts imports this backend of torch.compile wherever openvino is installed: 3 s and 60 MB, and nobody compiles here.
+sys.modules.setdefault("openvino.torch", None)  # type: ignore[arg-type]
+
+from ts.torch_handler.base_handler import BaseHandler  # noqa: E402
+from ts.torch_handler.image_classifier import ImageClassifier  # noqa: E402
+from ts.utils.util import list_classes_from_module  # noqa: E402
+
+import engines  # noqa: E402
+import modelspec  # noqa: E402
+from modelspec import CardError, ModelCard, PictureError  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
 FIELDS = ("body", "data", "file", "image")
 """Names under which a request may carry its picture: TorchServe calls a raw body "body", forms choose freely."""
 
-PRECISIONS = ("fp32", "bf16")
-SETTINGS = {"precision": "fp32"}
+SETTINGS = {"precision": "fp32", "engine": "auto", "threads": "auto"}
 """What model-config.yaml may say under `handler:`, with its defaults."""
 
 PHRASES = {
@@ -57,6 +63,8 @@ Outcome = Union[torch.Tensor, Dict[str, Any], PictureError]
 class MartenClassifier(ImageClassifier):  # type: ignore[misc]
     """Answers pictures exactly as the model card beside the weights says."""
 
+    model: Any  # the network as loaded; set by BaseHandler
+
     def initialize(self, context: Any) -> None:
         """Load card, labels and weights, refuse whatever disagrees, and run the network once.
 
@@ -64,13 +72,18 @@ class MartenClassifier(ImageClassifier):  # type: ignore[misc]
             CardError: the code is not this archive's own, or card, labels, weights and settings do not belong together.
         """
         folder = Path(context.system_properties["model_dir"])
-        check_own(folder, __file__, modelspec.__file__)
+        check_own(folder, __file__, modelspec.__file__, engines.__file__)
         self.settings = read_settings(context.model_yaml_config)
         self.card = find_card(folder, context.manifest["model"]["serializedFile"])
         self.spec = self.card.spec
+        threads = engines.fit_threads(self.settings["threads"])
+        torch.set_num_threads(threads)
+        self.decoders = ThreadPoolExecutor(threads, "decoder") if threads > 1 else None
         # Not VisionHandler's: that one starts captum's explanations and lifts Pillow's limit.
         BaseHandler.initialize(self, context)
         self.initialized = False
+        self.engine, told = engines.choose_engine(self.model, self.spec, self.settings, self.device, threads)
+        logger.info(told)
         self._warm_up()
         self.initialized = True
 
@@ -104,14 +117,16 @@ class MartenClassifier(ImageClassifier):  # type: ignore[misc]
 
     def preprocess(self, data: List[Mapping[str, Any]]) -> List[Outcome]:
         """Decode each row to uint8 pixels of shape (height, width, 3), or to the reason why it cannot be."""
-        return [self._decode(i, row) for i, row in enumerate(data)]
+        decode = map if self.decoders is None or len(data) == 1 else self.decoders.map  # Pillow frees the interpreter
+        return list(decode(self._decode, range(len(data)), data))
 
     def inference(self, pixels_NHWC: torch.Tensor) -> torch.Tensor:
         """Run the network on uint8 pixels; returns float32 outputs of shape (batch, outputs)."""
-        bf16 = self.settings["precision"] == "bf16"
-        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            images_NCHW = self.spec.preprocess.normalize(pixels_NHWC.to(self.device))
-            return self.spec.logits(self.model, images_NCHW)
+        if self.device.type == "cuda":
+            pixels_NHWC = pixels_NHWC.pin_memory()
+        with torch.inference_mode():
+            images_NCHW = self.spec.preprocess.normalize(pixels_NHWC.to(self.device, non_blocking=True))
+            return self.spec.logits(self.engine, images_NCHW)
 
     def postprocess(self, logits_NK: torch.Tensor) -> List[Dict[str, Any]]:
         """Turn outputs into answers by the card."""
@@ -208,8 +223,12 @@ def read_settings(config: Any) -> Dict[str, Any]:
     unknown = sorted(set(settings) - set(SETTINGS))
     if unknown:
         raise CardError("model-config.yaml, handler: unknown {}; known: {}".format(unknown, sorted(SETTINGS)))
-    if settings["precision"] not in PRECISIONS:
-        raise CardError("model-config.yaml, handler: precision must be one of {}".format(", ".join(PRECISIONS)))
+    for name, known in engines.CHOICES.items():
+        if settings[name] not in known:
+            raise CardError("model-config.yaml, handler: {} must be one of {}".format(name, ", ".join(known)))
+    threads = settings["threads"]
+    if threads != "auto" and (type(threads) is not int or threads < 1):
+        raise CardError("model-config.yaml, handler: threads must be auto or a number of 1 or more")
     return settings
 
 

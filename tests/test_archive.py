@@ -29,6 +29,7 @@ from tests.pictures import odd_pictures
 FILES = [
     "MAR-INF/MANIFEST.json",
     "cat_dog_conv_net.py",
+    "engines.py",
     "image_classifier.py",
     "index_to_name.json",
     "model-config.yaml",
@@ -42,7 +43,7 @@ FILES = [
 def built(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Archive:
     """One archive, already written."""
     archive = plan_archive(tiny_model(), export_path=tmp_path_factory.mktemp("store"))
-    assert write_archive(archive) <= 1e-6
+    assert write_archive(archive) <= 1e-5
     return archive
 
 
@@ -134,7 +135,7 @@ def test_every_network_is_packed_and_answers_as_its_state_dict(
     tiny_model: Callable[..., Path], tmp_path: Path, conv_net: str
 ) -> None:
     archive = planned(tiny_model(conv_net, **SPECIAL.get(conv_net, {})), tmp_path)
-    assert write_archive(archive) <= 1e-6
+    assert write_archive(archive) <= 1e-5
     assert archive.network.name in contents(archive.mar)
 
 
@@ -144,7 +145,7 @@ def test_odd_pictures_are_answered_as_the_state_dict_answers(built: Archive, unp
     wanted = spec.answers(expected_outputs(spec, built.weights, list(pictures.values())), topk=len(spec.labels))
     for name, reply, expected in zip(pictures, replies, wanted, strict=True):
         assert reply["code"] == 200, name
-        assert answer_distance(reply["body"], expected, spec) <= 1e-6, name
+        assert answer_distance(reply["body"], expected, spec) <= 1e-5, name
 
 
 # ----------------------------------------------------------------------------------------- archives that disagree
@@ -160,7 +161,12 @@ REFUSAL = "            return error\n"
         ("CONTRACT", "_upright(opened)", "opened", "must not be served"),
         ("HANDLER", "self.spec.answers(logits_NK)", "self.spec.answers(-logits_NK)", "must not be served"),
         ("HANDLER", REFUSAL, REFUSAL.replace("error", "{}"), "broken picture"),
-        ("HANDLER", "import modelspec\n", "import modelspec\nimport marten\n", "No module named 'marten'"),
+        (
+            "HANDLER",
+            "import modelspec  # noqa: E402\n",
+            "import modelspec\nimport marten\n",
+            "No module named 'marten'",
+        ),
         ("HANDLER", "self._warm_up()", "self._warm_down()", "_warm_down"),
     ],
 )
@@ -298,7 +304,19 @@ def test_a_configuration_that_torchserve_would_ignore_is_refused(tmp_path: Path,
 
 def test_our_own_configuration_is_read_by_torchserve() -> None:
     check_config(MODEL_CONFIG)
-    assert yaml.safe_load(MODEL_CONFIG.read_text(encoding="utf-8"))["handler"] == {"precision": "fp32"}
+    assert yaml.safe_load(MODEL_CONFIG.read_text(encoding="utf-8"))["handler"] == {
+        "precision": "fp32",
+        "engine": "auto",
+        "threads": "auto",
+    }
+
+
+def test_the_fast_configuration_differs_in_its_precision_alone() -> None:
+    fast = MODEL_CONFIG.with_name("model-config-fast.yaml")
+    check_config(fast)
+    plain, quick = (yaml.safe_load(path.read_text(encoding="utf-8")) for path in (MODEL_CONFIG, fast))
+    assert (plain["handler"].pop("precision"), quick["handler"].pop("precision")) == ("fp32", "auto")
+    assert quick == plain
 
 
 def spoil_card(folder: Path, **spec: Any) -> None:
@@ -375,7 +393,7 @@ def test_misuse_and_failure_are_one_line_each(tiny_model: Callable[..., Path], t
 # ---------------------------------------------------------------------------------------- Python 3.9 and torch 2.4
 
 
-@pytest.mark.parametrize("part", ["modelspec.py", "handlers", "models", "marten/archive_probe.py"])
+@pytest.mark.parametrize("part", ["modelspec.py", "engines.py", "handlers", "models", "marten/archive_probe.py"])
 def test_what_travels_needs_no_python_newer_than_3_9(part: str) -> None:
     vermin = [sys.executable, "-c", "from vermin import main; main()", "-t=3.9-", "--violations", "--eval-annotations"]
     command = [*vermin, "--no-tips", str(ROOT / part)]
