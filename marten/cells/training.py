@@ -12,6 +12,8 @@ import io
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,6 +112,14 @@ class CellTraining:
     def go_on(self, interrupt: Interrupt) -> int:
         """Train to the end or to the next stop; returns 0 or 85."""
         self._announce()
+        with _threads(1 if self._is_small() else torch.get_num_threads()):
+            return self._go_on(interrupt)
+
+    def _is_small(self) -> bool:
+        """Whether one core is enough: layers so small that cores which share them mostly wait for each other."""
+        return self.runtime.device.type == "cpu" and self.config["train.model.name"] == "cnn"
+
+    def _go_on(self, interrupt: Interrupt) -> int:
         while self.at.epoch < self.epochs:
             if not self._train_epoch(interrupt):
                 self.save()
@@ -352,6 +362,16 @@ class CellTraining:
                 name = self.crops.reader.rows[number]["Image_Name"]
                 table.writerow([name, *(f"{value:.6f}" for value in self.soft[number].tolist())])
             write_text(self.project.results / "soft_labels" / f"{self.at.epoch:04d}.csv", rows.getvalue())
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def train_cells(
