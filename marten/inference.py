@@ -1,0 +1,221 @@
+"""Asking a network about many pictures: streaming, sharded, resumable; one bad file never ends a run.
+
+Rows are written as they come into `<output>.partial`, with what they depend on in `<output>.partial.json`; the finished
+table is put in place in one step. Memory holds a few batches, however many pictures there are.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import os
+import zipfile
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from marten.errors import DataError, PictureError, UsageError
+from marten.files import available_cpus, replacing, write_text
+from marten.pictures import Sources, natural, opened
+from modelspec import ModelSpec
+
+FORMATS = ("prob", "kaggle", "all")
+Row = tuple[str, "list[float] | str"]
+
+
+def header(spec: ModelSpec, format_: str, label: str) -> list[str]:
+    """The columns of a table.
+
+    Raises:
+        UsageError: a model that is no classifier, an unknown label, or none chosen among more than two.
+    """
+    if spec.task != "classification":
+        raise UsageError(f"{spec.name} answers with a {spec.task}, not with probabilities: use predict_main.py --json")
+    if format_ == "all":
+        return ["fileid", *spec.labels]
+    positive(spec, label)
+    return ["id", "label"] if format_ == "kaggle" else ["fileid", "prob"]
+
+
+def positive(spec: ModelSpec, label: str) -> int:
+    """Index of the label whose probability is told; the second of two when none is named."""
+    if label and label not in spec.labels:
+        raise UsageError(f"--label must be one of {', '.join(spec.labels)}, found {label!r}")
+    if not label and len(spec.labels) != 2:
+        raise UsageError(f"{spec.name} knows {len(spec.labels)} classes: name one with --label, or use --format all")
+    return spec.labels.index(label) if label else 1
+
+
+def ask(
+    network: torch.nn.Module,
+    spec: ModelSpec,
+    sources: Sources,
+    device: torch.device | str = "cpu",
+    batch_size: int = 32,
+) -> Iterator[list[Row]]:
+    """Probabilities of all classes for each picture, in order, batch by batch; the reason in place of them if bad.
+
+    Args:
+        network: in eval mode, on `device`.
+        spec: of the network.
+        sources: any number.
+        device: where the network is.
+        batch_size: pictures per forward pass. Three batches at most are decoded ahead.
+    """
+    preprocess = spec.preprocess
+    with opened(sources) as read, ThreadPoolExecutor(max(2, available_cpus())) as pool:
+
+        def look(member: tuple[Path, str]) -> torch.Tensor | str:
+            try:
+                return preprocess.pixels(preprocess.read(read(member)))
+            except (OSError, KeyError, EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError) as error:
+                return getattr(error, "strerror", None) or str(error) or type(error).__name__
+            except PictureError as error:
+                return str(error)
+
+        ahead: deque[Future[torch.Tensor | str]] = deque()
+        waiting = iter(sources.members)
+        try:
+            for start in range(0, len(sources.ids), batch_size):
+                ids = sources.ids[start : start + batch_size]
+                while len(ahead) < 3 * batch_size and (member := next(waiting, None)) is not None:
+                    ahead.append(pool.submit(look, member))
+                seen = [ahead.popleft().result() for _ in ids]
+                good = [pixels for pixels in seen if isinstance(pixels, torch.Tensor)]
+                answers = iter(_probabilities(network, spec, good, device))
+                yield [(i, s if isinstance(s, str) else next(answers)) for i, s in zip(ids, seen, strict=True)]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@torch.inference_mode()
+def _probabilities(
+    network: torch.nn.Module, spec: ModelSpec, pixels: list[torch.Tensor], device: torch.device | str
+) -> list[list[float]]:
+    if not pixels:
+        return []
+    images_NCHW = spec.preprocess.normalize(torch.stack(pixels).to(device))
+    rows: list[list[float]] = spec.probabilities(spec.logits(network, images_NCHW)).cpu().tolist()
+    return rows
+
+
+class Table:
+    """A growing .csv that can be left at any moment and taken up again.
+
+    Args:
+        output: the finished table.
+        columns: its header.
+        depends_on: plain data; a partial table that depends on something else is refused.
+
+    Raises:
+        UsageError: a partial table of another model, other pictures or another format lies there.
+    """
+
+    def __init__(self, output: Path, columns: Sequence[str], depends_on: dict[str, Any]) -> None:
+        self.output = output
+        self._partial = output.with_name(output.name + ".partial")
+        self._told = output.with_name(output.name + ".partial.json")
+        self._bad = output.with_name(output.stem + ".bad.csv")
+        self._columns = list(columns)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        told = {"columns": self._columns, **depends_on}
+        self.done = 0
+        self.rejected = 0
+        if self._told.exists() and self._partial.exists():
+            then = json.loads(self._told.read_text(encoding="utf-8"))
+            changed = [name for name in told if then.get(name) != told[name]]
+            if changed:
+                raise UsageError(
+                    f"{self._partial} is of another run: {', '.join(changed)} differ. Remove it to start anew, or give"
+                    " another --output"
+                )
+            self._take_up()
+        else:
+            self._partial.write_bytes(b"")
+            write_text(self._told, json.dumps(told) + "\n")
+
+    def _take_up(self) -> None:
+        """Count the whole rows, and cut off one that was not finished."""
+        with open(self._partial, "r+b") as file:
+            end = 0
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                end += len(line)
+                self.done += 1
+                self.rejected += line.startswith(b"!")
+            file.truncate(end)
+
+    def add(self, rows: Sequence[Row], values: Callable[[list[float]], list[float]]) -> None:
+        """Append a batch, synced: what has been added survives a power cut."""
+        with open(self._partial, "a", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            for id_, found in rows:
+                if isinstance(found, str):
+                    self.rejected += 1
+                    writer.writerow(["!" + id_, " ".join(found.split())])
+                else:
+                    writer.writerow(["=" + id_, *(f"{p:.6f}" for p in values(found))])
+            file.flush()
+            os.fsync(file.fileno())
+        self.done += len(rows)
+
+    def finish(self, filled: float | None = None) -> None:
+        """Put the table in place, and `<stem>.bad.csv` beside it where pictures could not be read.
+
+        Args:
+            filled: value for pictures without an answer, where every picture must have a row; None leaves them out.
+        """
+        with (
+            open(self._partial, encoding="utf-8", newline="") as file,
+            replacing(self.output) as good,
+            replacing(self._bad) as bad,
+            open(good, "w", encoding="utf-8", newline="") as good_file,
+            open(bad, "w", encoding="utf-8", newline="") as bad_file,
+        ):
+            table = csv.writer(good_file, lineterminator="\n")
+            listed = csv.writer(bad_file, lineterminator="\n")
+            table.writerow(self._columns)
+            listed.writerow([self._columns[0], "reason"])
+            for mark, *row in csv.reader(file):
+                if mark[0] == "=":
+                    table.writerow([mark[1:], *row])
+                else:
+                    listed.writerow([mark[1:], *row])
+                    if filled is not None:
+                        table.writerow([mark[1:], *[f"{filled:.6f}"] * (len(self._columns) - 1)])
+        if not self.rejected:
+            self._bad.unlink()
+        self._partial.unlink()
+        self._told.unlink()
+
+
+def merge(parts: Sequence[Path], output: Path) -> int:
+    """Put the tables of all shards together, in the order that one run would have given; returns the rows.
+
+    Raises:
+        DataError: a part is missing, of another format, or holds a picture that another part holds too.
+    """
+    tables = []
+    for part in parts:
+        try:
+            with open(part, encoding="utf-8", newline="") as file:
+                tables.append(list(csv.reader(file)))
+        except OSError as error:
+            raise DataError(f"cannot read {part}: {error.strerror}") from error
+    if not tables or not tables[0] or any(not table or table[0] != tables[0][0] for table in tables):
+        raise DataError(f"the parts have other columns: {', '.join(map(str, parts))}")
+
+    rows = sorted((row for table in tables for row in table[1:]), key=lambda row: natural(row[0]))
+    twice = [a[0] for a, b in itertools.pairwise(rows) if a[0] == b[0]]
+    if twice:
+        raise DataError(f"{twice[0]} and {len(twice) - 1} more are in two parts: a shard was given twice")
+    with replacing(output) as neighbour, open(neighbour, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([tables[0][0], *rows])
+    return len(rows)
