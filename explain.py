@@ -9,7 +9,7 @@ averaged over places, weighs those channels; what is left above zero is where th
 from __future__ import annotations
 
 import io
-from typing import Any
+from typing import Any, List, Optional, Tuple
 
 import torch
 from PIL import Image
@@ -22,8 +22,8 @@ _COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231
 
 
 def heat_map(
-    network: torch.nn.Module, spec: ModelSpec, pixels_HWC: torch.Tensor, label: int | None = None
-) -> tuple[torch.Tensor, int]:
+    network: torch.nn.Module, spec: ModelSpec, pixels_HWC: torch.Tensor, label: Optional[int] = None
+) -> Tuple[torch.Tensor, int]:
     """Where the network saw a class.
 
     Args:
@@ -39,7 +39,7 @@ def heat_map(
         ValueError: the network has no convolution over a picture.
     """
     device = next(network.parameters()).device
-    held: list[torch.Tensor] = []
+    held: List[torch.Tensor] = []
 
     def hold(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         if min(output.shape[2:]) > 1:  # squeeze-and-excitation convolves single pixels

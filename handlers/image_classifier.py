@@ -1,4 +1,4 @@
-"""The TorchServe handler: one class on ts's ImageClassifier, thin over modelspec and engines.
+"""The TorchServe handler: one class on ts's ImageClassifier, thin over modelspec, engines and explain.
 
 A batch goes through four steps, and only the third needs all its pictures at once:
 
@@ -8,7 +8,7 @@ Every row has its own fate. A row that cannot be answered gets its own status an
 (`{"code", "type", "message", "request_id"}`); its neighbours keep their answers.
 
 TorchServe builds the one class of this file, whatever its name, so a second class of any kind must not stand here.
-It runs on Python 3.9 with torch 2.4 as well, and imports nothing of ours but modelspec and engines.
+It runs on Python 3.9 with torch 2.4 as well; of ours it imports what travels along, modelspec, engines and explain.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from ts.torch_handler.image_classifier import ImageClassifier  # noqa: E402
 from ts.utils.util import list_classes_from_module  # noqa: E402
 
 import engines  # noqa: E402
+import explain  # noqa: E402
 import modelspec  # noqa: E402
 from modelspec import CardError, ModelCard, PictureError  # noqa: E402
 
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 FIELDS = ("body", "data", "file", "image")
 """Names under which a request may carry its picture: TorchServe calls a raw body "body", forms choose freely."""
 
-SETTINGS = {"precision": "fp32", "engine": "auto", "threads": "auto"}
+SETTINGS = {"precision": "fp32", "engine": "auto", "threads": "auto", "explanations": 2}
 """What model-config.yaml may say under `handler:`, with its defaults."""
 
 PHRASES = {
@@ -52,11 +53,13 @@ PHRASES = {
     413: "Payload Too Large",
     415: "Unsupported Media Type",
     422: "Unprocessable Entity",
+    429: "Too Many Requests",
     500: "Internal Server Error",
     503: "Service Unavailable",
 }
 
-Outcome = Union[torch.Tensor, Dict[str, Any], PictureError]
+Reply = Union[Dict[str, Any], bytes]
+Outcome = Union[torch.Tensor, Reply, PictureError]
 """What became of one row so far: its pixels, its answer, or the reason why there is none."""
 
 
@@ -72,7 +75,7 @@ class MartenClassifier(ImageClassifier):  # type: ignore[misc]
             CardError: the code is not this archive's own, or card, labels, weights and settings do not belong together.
         """
         folder = Path(context.system_properties["model_dir"])
-        check_own(folder, __file__, modelspec.__file__, engines.__file__)
+        check_own(folder, __file__, modelspec.__file__, engines.__file__, explain.__file__)
         self.settings = read_settings(context.model_yaml_config)
         self.card = find_card(folder, context.manifest["model"]["serializedFile"])
         self.spec = self.card.spec
@@ -102,11 +105,12 @@ class MartenClassifier(ImageClassifier):  # type: ignore[misc]
         if not torch.isfinite(self.inference(black_NHWC)).all():
             raise CardError("the network's outputs are not finite: these weights cannot be served")
 
-    def handle(self, data: List[Mapping[str, Any]], context: Any) -> List[Dict[str, Any]]:
+    def handle(self, data: List[Mapping[str, Any]], context: Any) -> List[Reply]:
         """Answer a batch of requests, each with its own status."""
         started = time.perf_counter()
         self.context = context
         outcomes = self.preprocess(data)
+        self._explain_rows(outcomes)
         decoded = {i: outcome for i, outcome in enumerate(outcomes) if isinstance(outcome, torch.Tensor)}
         for i, answer in zip(decoded, self._answer(list(decoded.values()))):
             outcomes[i] = answer
@@ -134,8 +138,6 @@ class MartenClassifier(ImageClassifier):  # type: ignore[misc]
 
     def _decode(self, i: int, row: Mapping[str, Any]) -> Outcome:
         try:
-            if self.context.get_request_header(i, "explain") == "True":
-                raise PictureError(404, "explanations are not offered: ask /predictions")
             if self.context.get_request_header(i, "describe") == "True":
                 return {"spec": dataclasses.asdict(self.spec), "metrics": dict(self.card.metrics)}
             return self.spec.preprocess.pixels(self.spec.preprocess.read(encoded_picture(row)))
@@ -163,7 +165,43 @@ class MartenClassifier(ImageClassifier):  # type: ignore[misc]
                 return [PictureError(503, "out of memory: try again later")]
             return [PictureError(500, "the prediction failed: the server's log says why")]
 
-    def _reply(self, i: int, outcome: Outcome) -> Dict[str, Any]:
+    def _explain_rows(self, outcomes: List[Outcome]) -> None:
+        """Put heat maps in place of the decoded pictures of /explanations, a bounded number in each batch."""
+        asked = [i for i in range(len(outcomes)) if self.context.get_request_header(i, "explain") == "True"]
+        left = self.settings["explanations"]
+        for i in asked:
+            pixels = outcomes[i]
+            if not isinstance(pixels, torch.Tensor):
+                continue
+            if not self.settings["explanations"]:
+                outcomes[i] = PictureError(404, "explanations are not offered: ask /predictions")
+            elif left:
+                left -= 1
+                outcomes[i] = self._explain(i, pixels)
+            else:
+                outcomes[i] = PictureError(429, "too many explanations at once: ask again in a second")
+                self.context.set_response_header(i, "Retry-After", "1")
+
+    def _explain(self, i: int, pixels_HWC: torch.Tensor) -> Outcome:
+        """The picture under its heat map as a PNG, or JSON with it inside, as the request accepts."""
+        try:
+            heat_HW, index = explain.heat_map(self.model, self.spec, pixels_HWC)
+            png = explain.overlay_png(pixels_HWC, heat_HW)
+        except ValueError as error:
+            return PictureError(404, str(error))
+        except Exception:
+            logger.exception("an explanation failed")
+            return PictureError(500, "the explanation failed: the server's log says why")
+        headers = self.context.get_all_request_header(i)
+        if any(name.lower() == "accept" and "image/png" in str(value) for name, value in headers.items()):
+            return png
+        label = self.spec.labels[index] if self.spec.labels else str(index)
+        return {"label": label, "heat_map_png": base64.b64encode(png).decode("ascii")}
+
+    def _reply(self, i: int, outcome: Outcome) -> Reply:
+        if isinstance(outcome, bytes):
+            self.context.set_response_content_type(i, "image/png")
+            return outcome
         self.context.set_response_content_type(i, "application/json")
         if isinstance(outcome, dict):
             return outcome
@@ -229,6 +267,8 @@ def read_settings(config: Any) -> Dict[str, Any]:
     threads = settings["threads"]
     if threads != "auto" and (type(threads) is not int or threads < 1):
         raise CardError("model-config.yaml, handler: threads must be auto or a number of 1 or more")
+    if type(settings["explanations"]) is not int or settings["explanations"] < 0:
+        raise CardError("model-config.yaml, handler: explanations must be a number of 0 or more")
     return settings
 
 

@@ -30,6 +30,7 @@ FILES = [
     "MAR-INF/MANIFEST.json",
     "cat_dog_conv_net.py",
     "engines.py",
+    "explain.py",
     "image_classifier.py",
     "index_to_name.json",
     "model-config.yaml",
@@ -393,7 +394,9 @@ def test_misuse_and_failure_are_one_line_each(tiny_model: Callable[..., Path], t
 # ---------------------------------------------------------------------------------------- Python 3.9 and torch 2.4
 
 
-@pytest.mark.parametrize("part", ["modelspec.py", "engines.py", "handlers", "models", "marten/archive_probe.py"])
+@pytest.mark.parametrize(
+    "part", ["modelspec.py", "engines.py", "explain.py", "handlers", "models", "marten/archive_probe.py"]
+)
 def test_what_travels_needs_no_python_newer_than_3_9(part: str) -> None:
     vermin = [sys.executable, "-c", "from vermin import main; main()", "-t=3.9-", "--violations", "--eval-annotations"]
     command = [*vermin, "--no-tips", str(ROOT / part)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import base64
 import functools
+import io
 import json
 import os
 import random
@@ -19,6 +20,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import engines
 from handlers import image_classifier
@@ -352,11 +354,28 @@ def test_nothing_breaks_without_metrics(serve: Callable[..., Server]) -> None:
     assert set(server.handler.handle([{"body": JPEG}], context)[0]) <= {"cat", "dog"}
 
 
-def test_explanations_are_refused_and_descriptions_told_row_by_row(serve: Callable[..., Server]) -> None:
+def test_explanations_are_heat_maps_bounded_in_number(serve: Callable[..., Server]) -> None:
+    server = serve()
+    row, bad = [("body", RAW, JPEG)], [("body", RAW, b"no picture")]
+    told = server.send([row, bad, row, row], {"explain": "True"})
+    assert [reply["code"] for reply in told] == [200, 415, 200, 429]
+    for reply in (told[0], told[2]):
+        assert reply["body"]["label"] in ("cat", "dog")
+        png = Image.open(io.BytesIO(base64.b64decode(reply["body"]["heat_map_png"])))
+        assert (png.format, png.size) == ("PNG", (224, 224))
+    assert server.send([row])[0]["code"] == 200
+
+
+def test_explanations_can_be_switched_off(serve: Callable[..., Server]) -> None:
+    server = serve(config={"handler": {**QUICK["handler"], "explanations": 0}})
+    assert server.send([[("body", RAW, JPEG)]], {"explain": "True"})[0]["code"] == 404
+    with pytest.raises(CardError, match="explanations"):
+        read_settings({"handler": {"explanations": -1}})
+
+
+def test_descriptions_are_told_row_by_row(serve: Callable[..., Server]) -> None:
     server = serve()
     row = [("body", RAW, JPEG)]
-    refused = server.send([row, row], {"explain": "True"})
-    assert [reply["code"] for reply in refused] == [404, 404]
     told = server.send([row, row], {"describe": "True"})
     assert [reply["body"]["spec"]["labels"] for reply in told] == [["cat", "dog"]] * 2
 
@@ -422,17 +441,17 @@ def test_unknown_settings_are_refused(config: dict[str, Any], said: str) -> None
 
 @pytest.mark.parametrize("config", [None, {}, {"handler": None}, {"batchSize": 8}])
 def test_settings_have_defaults(config: Any) -> None:
-    assert read_settings(config) == {"precision": "fp32", "engine": "auto", "threads": "auto"}
+    assert read_settings(config) == {"precision": "fp32", "engine": "auto", "threads": "auto", "explanations": 2}
 
 
-@pytest.mark.parametrize("shadow", ["modelspec.py", "engines.py", "cat_dog_conv_net.py"])
+@pytest.mark.parametrize("shadow", ["modelspec.py", "engines.py", "explain.py", "cat_dog_conv_net.py"])
 def test_foreign_code_is_refused(tiny_model: Callable[..., Path], tmp_path: Path, shadow: str) -> None:
     folder, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
     folder.mkdir()
     elsewhere.mkdir()
     lay_out(tiny_model(), folder)
-    for source in (ROOT / "handlers" / "image_classifier.py", ROOT / "modelspec.py", ROOT / "engines.py"):
-        shutil.copy(source, folder)
+    for source in ("handlers/image_classifier.py", "modelspec.py", "engines.py", "explain.py"):
+        shutil.copy(ROOT / source, folder)
     (folder / "MAR-INF").mkdir()
     model = {"modelName": "m", "handler": "image_classifier.py", "modelFile": "cat_dog_conv_net.py"}
     manifest = {"model": {**model, "serializedFile": "model_cat_dog_conv_net.pth"}}
@@ -462,5 +481,5 @@ def test_the_handler_is_one_class_and_imports_what_travels_with_it_alone() -> No
             else []
         )
     }
-    assert imported - sys.stdlib_module_names == {"engines", "modelspec", "torch", "ts"}
+    assert imported - sys.stdlib_module_names == {"engines", "explain", "modelspec", "torch", "ts"}
     assert sum(isinstance(node, ast.ClassDef) for node in ast.walk(tree)) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from marten.answer_check import answer_distance, expected_outputs
 from marten.archive import MODEL_CONFIG, Archive, plan_archive, write_archive
@@ -54,6 +56,19 @@ def test_odd_pictures_are_answered_as_the_state_dict_answers(server: Serve, arch
     for name, (status, answer), expected in zip(ODD, ask_all(server, list(ODD.values())), wanted, strict=True):
         assert status == 200, (name, answer)
         assert answer_distance(answer, expected, spec) <= 1e-5, name
+
+
+def test_an_explanation_is_a_png_or_json_by_what_is_accepted(server: Serve, tmp_path: Path) -> None:
+    path = tmp_path / "picture.jpg"
+    path.write_bytes(next(data for name, data in ODD.items() if "jpeg" in name))
+    url = f"http://127.0.0.1:{server.ports[0]}/explanations/pets"
+    told = subprocess.run(["curl", "-sS", "-T", str(path), url], capture_output=True, check=True, timeout=60)
+    assert json.loads(told.stdout)["label"] in ("cat", "dog")
+    words = ["curl", "-sS", "-H", "Accept: image/png", "-w", "%{content_type}", "-T", str(path), url]
+    told = subprocess.run(words, capture_output=True, check=True, timeout=60)
+    assert told.stdout.endswith(b"image/png")
+    shown = Image.open(io.BytesIO(told.stdout[: -len("image/png")]))
+    assert (shown.format, shown.size) == ("PNG", (224, 224))
 
 
 def test_bad_pictures_cost_their_neighbours_nothing(server: Serve) -> None:
