@@ -33,10 +33,15 @@ def build_parser() -> Parser:
         help="network; with no --model_path, models/model_<NAME>.pth (vgg)",
     )
     add(
-        "-i", "--img_path", nargs="+", default=["data/test1/1.jpg"], metavar="IMG", help="pictures, folders or patterns"
+        "-i",
+        "--img_path",
+        nargs="+",
+        default=["data/test1/1.jpg"],
+        metavar="IMG",
+        help="pictures, folders or patterns (default: data/test1/1.jpg)",
     )
     add("-p", "--model_path", default="", metavar="PTH", help="state dict, its card beside it")
-    add("--topk", type=int, metavar="K", help="labels per answer; by default as the card says")
+    add("--topk", type=int, metavar="K", help="labels per answer; default: as the card says")
     add("--json", action="store_true", help="one JSON object per picture, as the server answers")
     add("--save", type=Path, metavar="DIR", help="write each picture with its label under it")
     add("--show", action="store_true", help="open each picture with its label")
@@ -50,7 +55,7 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError(f"--topk must be at least 1, found {args.topk}")
     path = Path(args.model_path) if args.model_path else MODELS / f"model_{args.conv_net or 'vgg'}.pth"
     from marten.devices import choose_runtime
-    from marten.predict import captioned, predict, save_captioned
+    from marten.predict import caption_files, predict, save_captioned, show_captioned
     from marten.weights import load_model
     from marten.wording import answer_text, expand_paths
 
@@ -60,7 +65,8 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError(f"{path} holds a {card.spec.name}, not a {args.conv_net}: leave --conv_net out")
     device = choose_runtime(args.device, "fp32").device
     code = DONE
-    for prediction in predict(network.to(device), card.spec, paths, device, args.topk):
+    targets = caption_files(paths, args.save) if args.save else []
+    for number, prediction in enumerate(predict(network.to(device), card.spec, paths, device, args.topk)):
         if prediction.answer is None:
             print(f"{prediction.path}: {prediction.reason}", file=sys.stderr)
             code = FAILED
@@ -71,9 +77,9 @@ def main(args: argparse.Namespace) -> int:
         else:
             print(f"{prediction.path}: {text}" if len(paths) > 1 else text)
         if args.save:
-            save_captioned(prediction, text, args.save)
+            save_captioned(prediction, text, targets[number])
         if args.show:
-            captioned(prediction.path, text).show()
+            show_captioned(prediction, text)
     return code
 
 

@@ -45,6 +45,11 @@ def replacing(path: Path) -> Iterator[Path]:
             neighbour.unlink(missing_ok=True)
 
 
+def available_cpus() -> int:
+    """Processors that this process may use: the scheduler's share where the system tells it, as macOS does not."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text so that a reader sees the old file or the new one, never a part; see `replacing`."""
     with replacing(path) as neighbour:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageShow
 
-from marten.errors import PictureError
-from marten.files import replacing
-from modelspec import ModelSpec
+from marten.errors import MartenError, PictureError
+from marten.files import available_cpus, replacing
+from modelspec import ModelSpec, read_picture
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def predict(
             return str(error)
 
     groups = [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(available_cpus()) as pool:
         ahead = [pool.submit(look, path) for path in groups[0]] if groups else []
         for number, group in enumerate(groups):
             waiting = ahead
@@ -84,26 +84,51 @@ def _answer(
 
 
 def captioned(path: Path, text: str, longest_px: int = 800) -> Image.Image:
-    """The picture, no larger than `longest_px`, with its answer in a band below it."""
-    with Image.open(path) as opened:
-        picture = opened.convert("RGB")
+    """The picture as the network was shown it, upright, no larger than `longest_px`, its answer in a band below it.
+
+    The sheet is as wide as the picture or as the words, whichever is wider.
+    """
+    picture = read_picture(path, longest_px)
     picture.thumbnail((longest_px, longest_px))
     size_px = max(16, picture.width // 24)
     font = ImageFont.load_default(size_px)
     band = int(size_px * 1.8)
-    sheet = Image.new("RGB", (picture.width, picture.height + band), "white")
-    sheet.paste(picture, (0, 0))
-    ImageDraw.Draw(sheet).text((sheet.width / 2, picture.height + band / 2), text, "black", font, anchor="mm")
+    width = max(picture.width, math.ceil(font.getlength(text)) + size_px)
+    sheet = Image.new("RGB", (width, picture.height + band), "white")
+    sheet.paste(picture, ((width - picture.width) // 2, 0))
+    ImageDraw.Draw(sheet).text((width / 2, picture.height + band / 2), text, "black", font, anchor="mm")
     return sheet
 
 
-def save_captioned(prediction: Prediction, text: str, folder: Path) -> Path:
-    """Write the captioned picture into `folder` as <stem>.png; returns its path.
+def caption_files(paths: Sequence[Path], folder: Path) -> list[Path]:
+    """Where the captioned pictures go: <stem>.png in `folder`, numbered where several would be called the same."""
+    used: set[str] = set()
+    targets = []
+    for path in paths:
+        name, number = path.stem, 1
+        while name in used:
+            number += 1
+            name = f"{path.stem}-{number}"
+        used.add(name)
+        targets.append(folder / f"{name}.png")
+    return targets
+
+
+def save_captioned(prediction: Prediction, text: str, target: Path) -> None:
+    """Write the captioned picture to `target`, a .png.
 
     Raises:
         MartenError: the folder cannot be written.
     """
-    target = folder / f"{prediction.path.stem}.png"
     with replacing(target) as neighbour:
         captioned(prediction.path, text).save(neighbour, format="PNG")
-    return target
+
+
+def show_captioned(prediction: Prediction, text: str) -> None:
+    """Open the captioned picture on this machine's screen.
+
+    Raises:
+        MartenError: no program here shows pictures.
+    """
+    if not ImageShow.show(captioned(prediction.path, text), prediction.path.name):
+        raise MartenError("no program here shows pictures: write them with --save DIR instead of --show")

@@ -14,24 +14,29 @@ from marten.errors import DataError
 def expand_paths(words: Sequence[str]) -> list[Path]:
     """Files named by paths, folders and glob patterns, each once, in the order given, folders sorted.
 
+    Hidden files and folders are left out of folders.
+
     Raises:
         DataError: a word that names nothing, or a folder without pictures.
     """
     found: dict[Path, None] = {}
     for word in words:
         path = Path(word)
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in SUFFIXES)
-            if not inside:
-                raise DataError(f"no picture in the folder {path} ({', '.join(sorted(SUFFIXES))})")
-            found.update(dict.fromkeys(inside))
-        elif path.is_file():
-            found[path] = None
-        elif matched := sorted(glob.glob(word, recursive=True)):
-            found.update(dict.fromkeys(p for p in map(Path, matched) if p.is_file()))
-        else:
+        matched = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(word, recursive=True))]
+        if not matched:
             raise DataError(f"no picture, folder or pattern {word!r} in {Path.cwd()}")
+        named: dict[Path, None] = {}
+        for one in matched:
+            named.update(dict.fromkeys(_pictures_in(one) if one.is_dir() else [one]))
+        if not named:
+            raise DataError(f"no picture in the folder {word} ({', '.join(sorted(SUFFIXES))})")
+        found.update(named)
     return list(found)
+
+
+def _pictures_in(folder: Path) -> list[Path]:
+    shown = (p for p in folder.rglob("*") if not any(part[0] == "." for part in p.relative_to(folder).parts))
+    return sorted(p for p in shown if p.suffix.lower() in SUFFIXES and p.is_file())
 
 
 def answer_text(answer: Mapping[str, Any]) -> str:
