@@ -7,8 +7,8 @@
 
 Pictures lie flat (cat.0.jpg, dog.0.jpg), in one folder per class, or are listed in a .csv with path and label.
 The best state dict goes to --model_path, its card beside it as .json, and metrics.jsonl, curves.png and split.csv
-into the .run folder beside both. A stopped run (SIGTERM, SIGUSR1, --max_runtime) exits 85 and is resumed, exactly,
-by the same command.
+into the .run folder beside both. A stopped run (SIGTERM, SIGUSR1, Ctrl-C, --max_runtime) exits 85 and is resumed,
+exactly, by the same command.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def build_parser() -> Parser:
         "--model_path",
         default="",
         metavar="PTH",
-        help="state dict to write; by default models/model_<conv_net>.pth",
+        help="state dict to write; default: models/model_<conv_net>.pth",
     )
     what("--weights", default="auto", metavar="W", help="auto, none, imagenet, or a state dict to start from")
     what("--on_bad", default="skip", choices=("skip", "refuse"), help="what to do about files that are no pictures")
@@ -46,19 +46,19 @@ def build_parser() -> Parser:
         type=float,
         default=standard.validation_split,
         metavar="SHARE",
-        help="0 <= share < 1",
+        help="of each class kept back to judge by, 0 <= share < 1",
     )
     what(
         "--seed",
         type=int,
         default=standard.seed,
         metavar="N",
-        help="of the split, weights, order, augmentation",
+        help="of the split, weights, order, augmentation (default: 0)",
     )
 
     how = add("how").add_argument
-    how("-e", "--epochs", type=int, default=standard.epochs, metavar="N")
-    how("-b", "--batch_size", type=int, default=standard.batch_size, metavar="N")
+    how("-e", "--epochs", type=int, default=standard.epochs, metavar="N", help="times to go through the pictures")
+    how("-b", "--batch_size", type=int, default=standard.batch_size, metavar="N", help="pictures per step")
     how(
         "-lr",
         "--lr",
@@ -66,25 +66,48 @@ def build_parser() -> Parser:
         nargs="+",
         default=list(standard.lr),
         metavar="LR",
-        help="of the head [and the backbone]",
+        help="learning rate of the head [and another of the backbone] (default: 0.001)",
     )
-    how("--schedule", default=standard.schedule, metavar="S", help="constant, cosine, step or onecycle")
+    how(
+        "--schedule",
+        default=standard.schedule,
+        metavar="S",
+        help="of the learning rate: constant, cosine, step or onecycle",
+    )
     how("-wd", "--weight_decay", type=float, default=standard.weight_decay, metavar="WD", help="decoupled, as in AdamW")
-    how("-bet", "--betas", type=float, nargs=2, default=list(standard.betas), metavar=("B1", "B2"), help="of Adam")
-    how("-d", "--dropout", type=float, default=standard.dropout, metavar="SHARE")
-    how("--label_smoothing", type=float, default=0.0, metavar="SHARE")
-    how("--augment", default=standard.augment, metavar="A", help="none, flip, standard or strong")
-    how("--freeze", default=standard.freeze, metavar="F", help="none, backbone, or its first N epochs")
+    how(
+        "-bet",
+        "--betas",
+        type=float,
+        nargs=2,
+        default=list(standard.betas),
+        metavar=("B1", "B2"),
+        help="of Adam (default: 0.9 0.999)",
+    )
+    how("-d", "--dropout", type=float, default=standard.dropout, metavar="SHARE", help="of units left out in a step")
+    how("--label_smoothing", type=float, default=0.0, metavar="SHARE", help="of each label given to all classes")
+    how(
+        "--augment",
+        default=standard.augment,
+        metavar="A",
+        help="changes of pictures in training: none, flip, standard or strong",
+    )
+    how(
+        "--freeze",
+        default=standard.freeze,
+        metavar="F",
+        help="what learns only in its head: none, backbone, or N, the backbone in the first N epochs",
+    )
     how("--ema", type=float, default=0.0, metavar="DECAY", help="validate and keep a running average of the weights")
     how("--early_stop", type=int, default=0, metavar="N", help="stop after N epochs without a better validation loss")
 
     where = add("where, and for how long").add_argument
     where("--device", default="auto", metavar="D", help="auto, cpu, cuda or mps")
     where("--precision", default="auto", metavar="P", help="auto, fp32, bf16 or fp16")
+    where("--num_workers", type=int, default=-1, metavar="N", help="loader processes; default: as the processors allow")
     where(
-        "--num_workers", type=int, default=-1, metavar="N", help="loader processes; by default as the processors allow"
+        "--checkpoint_every", default="", metavar="T", help="how often: 2 (epochs) or 30min; default: only when stopped"
     )
-    where("--checkpoint_every", default="", metavar="T", help="2 (epochs) or 30min")
     where("--max_runtime", default="", metavar="T", help="checkpoint and exit 85 after this time, for instance 4h")
     where("--self_checkpoint", action="store_true", help="exit 85 after each checkpoint, for HTCondor")
     return parser

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,17 +10,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 
 from marten.datasets import Sample
-from marten.errors import UsageError
+from marten.errors import DataError, PictureError, UsageError
+from marten.settings import AUGMENTATIONS
 from marten.streams import stream
 from modelspec import Preprocess, to_pixels
 
-AUGMENTATIONS = ("none", "flip", "standard", "strong")
 _Place = tuple[int, int]
-
-
-def available_cpus() -> int:
-    """Processors this process may use: the scheduler's share, not the machine's."""
-    return len(os.sched_getaffinity(0))
+_Item = tuple[torch.Tensor, int] | str
 
 
 def augmentation(name: str, preprocess: Preprocess) -> Any:
@@ -51,8 +46,11 @@ def augmentation(name: str, preprocess: Preprocess) -> Any:
     raise UsageError(f"--augment must be one of {', '.join(AUGMENTATIONS)}, found {name!r}")
 
 
-class Pictures(Dataset[tuple[torch.Tensor, int]]):
-    """Samples as (uint8 pixels of shape (height, width, 3), label), fetched by (epoch, index)."""
+class Pictures(Dataset[_Item]):
+    """Samples as (uint8 pixels of shape (height, width, 3), label), fetched by (epoch, index).
+
+    One that cannot be read any more is a line that says why: an exception would lose its kind between processes.
+    """
 
     def __init__(self, samples: Sequence[Sample], preprocess: Preprocess, augment: str = "none", seed: int = 0) -> None:
         self.samples = samples
@@ -64,10 +62,13 @@ class Pictures(Dataset[tuple[torch.Tensor, int]]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, place: _Place) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, place: _Place) -> _Item:
         epoch, index = place
         sample = self.samples[index]
-        picture = self.preprocess.read(sample.path)
+        try:
+            picture = self.preprocess.read(sample.path)
+        except PictureError as error:
+            return f"{sample.path} could be read before training began, now it cannot: {error}"
         if self._plain:
             return to_pixels(self._augment(picture)), sample.label
         with torch.random.fork_rng(devices=[]):
@@ -111,9 +112,13 @@ class Batches:
             yield [(self._epoch, i) for i in order[batch * self.batch_size : (batch + 1) * self.batch_size]]
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Batches of one epoch from batch `start` on: uint8 (batch, height, width, 3) and int64 labels (batch,)."""
+        """Batches of one epoch from batch `start` on: uint8 (batch, height, width, 3) and int64 labels (batch,).
+
+        Raises:
+            DataError: a picture that cannot be read any more; when its batch is asked for.
+        """
         self._epoch, self._start = epoch, start
-        return iter(self._loader)
+        return _readable(iter(self._loader))
 
     def close(self) -> None:
         """End the loader processes; they leave signals to this one, so nothing else would."""
@@ -126,8 +131,18 @@ class Batches:
         return torch.randperm(len(self.pictures), generator=generator).tolist()
 
 
-def _stack(items: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.stack([pixels for pixels, _ in items]), torch.tensor([label for _, label in items])
+def _stack(items: list[_Item]) -> tuple[torch.Tensor, torch.Tensor] | str:
+    good = [item for item in items if not isinstance(item, str)]
+    if len(good) < len(items):
+        return next(item for item in items if isinstance(item, str))
+    return torch.stack([pixels for pixels, _ in good]), torch.tensor([label for _, label in good])
+
+
+def _readable(batches: Iterator[Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for batch in batches:
+        if isinstance(batch, str):
+            raise DataError(batch)
+        yield batch
 
 
 def _quiet_worker(worker: int) -> None:

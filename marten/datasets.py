@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from marten.errors import DataError, PictureError, UsageError
+from marten.files import available_cpus
 from modelspec import Preprocess
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".gif", ".webp", ".avif", ".bmp", ".tif", ".tiff"})
@@ -145,7 +146,7 @@ def inspect(
 
     good: list[Sample] = []
     rejected = list(pictures.rejected)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(available_cpus()) as pool:
         for done, seen in enumerate(pool.map(look, pictures.samples), 1):
             if isinstance(seen, Sample):
                 good.append(seen)

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from marten.errors import UsageError
-
-DEVICES = ("auto", "cpu", "cuda", "mps")
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+from marten.settings import DEVICES, PRECISIONS
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import time
 from types import FrameType
@@ -14,24 +16,32 @@ class Interrupt:
 
     Args:
         max_runtime_s: seconds from now after which a stop is due; 0 for never.
+        patient: whether Ctrl-C waits for the batch in hand. Before the first batch there is nothing to save, and it
+            may end the program at once; a second Ctrl-C always does.
     """
 
-    def __init__(self, max_runtime_s: float = 0.0) -> None:
+    def __init__(self, max_runtime_s: float = 0.0, patient: bool = True) -> None:
         self._deadline = time.monotonic() + max_runtime_s if max_runtime_s else None
-        self._signal: signal.Signals | None = None
+        self._reason = ""
+        self.patient = patient
         for number in SIGNALS:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._signal is signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice from the keyboard: do not wait for the batch
-        self._signal = signal.Signals(number)
+        if number == signal.SIGINT:
+            if not self.patient or self._reason == "SIGINT":
+                raise KeyboardInterrupt
+            with contextlib.suppress(OSError):  # written past Python's buffers, which may be in use just now
+                os.write(2, b"\nStopping after the batch in hand; Ctrl-C once more ends at once, unsaved.\n")
+        self._reason = signal.Signals(number).name
+
+    def ask(self, reason: str) -> None:
+        """Ask for a stop from within."""
+        self._reason = self._reason or reason
 
     @property
     def reason(self) -> str:
         """Why to stop now, in a word; empty to go on."""
-        if self._signal is not None:
-            return self._signal.name
-        if self._deadline is not None and time.monotonic() >= self._deadline:
+        if not self._reason and self._deadline is not None and time.monotonic() >= self._deadline:
             return "--max_runtime"
-        return ""
+        return self._reason

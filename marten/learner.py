@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class Learner:
         architecture: of the network.
         spec: what will serve; its preprocessing makes the network's input.
         runtime: device and number format.
+        origin: of the first weights of a run that goes on: its state brings the weights, so none are looked for.
 
     Attributes:
         network: on the device, in channels_last memory.
@@ -36,14 +37,21 @@ class Learner:
         TrainingError: first weights out of reach or of another network.
     """
 
-    def __init__(self, settings: Settings, architecture: Architecture, spec: ModelSpec, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        architecture: Architecture,
+        spec: ModelSpec,
+        runtime: Runtime,
+        origin: str | None = None,
+    ) -> None:
         self._settings = settings
         self._head = architecture.head
         self._spec = spec
         self._runtime = runtime
         torch.manual_seed(stream(settings.seed, "weights"))
         network = build_network(spec.arch, spec.arch_args)
-        self.origin = start_weights(network, architecture, settings.weights)
+        self.origin = origin or start_weights(network, architecture, settings.weights)
         self.network = network.to(runtime.device).to(memory_format=torch.channels_last)
         named = list(network.named_parameters())
         self._backbone = [p for name, p in named if not name.startswith(self._head)]
@@ -115,12 +123,21 @@ class Learner:
 
     @torch.inference_mode()
     def judge(
-        self, network: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], runtime: Runtime
-    ) -> Running:
-        """Loss and accuracy of a network on held-out batches, through the transform that serves."""
+        self,
+        network: nn.Module,
+        batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        runtime: Runtime,
+        stop: Callable[[], object] = lambda: False,
+    ) -> Running | None:
+        """Loss and accuracy of a network on held-out batches, through the transform that serves.
+
+        None when `stop`, asked before each batch, says so.
+        """
         network.eval()
         seen = Running(runtime.device)
         for pixels_NHWC, labels_N in batches:
+            if stop():
+                return None
             images_NCHW = self._spec.preprocess.normalize(pixels_NHWC.to(runtime.device))
             labels_N = labels_N.to(runtime.device)
             with runtime.autocast():

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from types import TracebackType
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+T = TypeVar("T")
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -15,7 +19,7 @@ console = Console(highlight=False, soft_wrap=True)
 def say(text: str) -> None:
     """Print one line, above the bar where there is one, at once even into a file."""
     if console.is_terminal:
-        console.print(text, markup=False)
+        console.print(text, markup=False, emoji=False)
     else:
         print(text, flush=True)
 
@@ -66,6 +70,12 @@ class Bar:
         if self._rich:
             self._rich.update(self._task, total=total)
         self.step(done)
+
+    def over(self, items: Iterable[T]) -> Iterator[T]:
+        """Go through items, one step each."""
+        for done, item in enumerate(items, 1):
+            yield item
+            self.step(done)
 
     def step(self, done: int, note: str = "") -> None:
         """Say that `done` of the steps are behind us."""

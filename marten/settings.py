@@ -7,9 +7,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from marten.architectures import find_architecture
 from marten.errors import UsageError
 from marten.files import MODELS
+from marten.schedules import SCHEDULES
 
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+AUGMENTATIONS = ("none", "flip", "standard", "strong")
 _WITHOUT_EFFECT_ON_RESULT = (
     "model_path",
     "data_dir",
@@ -75,10 +80,26 @@ class Settings:
                 self.freeze in ("none", "backbone") or self.freeze.isdecimal()
             ),
             "--self_checkpoint needs --checkpoint_every": bool(self.checkpoint_every) or not self.self_checkpoint,
+            f"--checkpoint_every must be at least 1 epoch, found {self.checkpoint_every}": (
+                not self.checkpoint_every.isdecimal() or int(self.checkpoint_every) > 0
+            ),
+            f"--model_path names a file that ends in .pth, found {self.model_path}": (
+                not self.model_path or Path(self.model_path).suffix in (".pth", ".pt")
+            ),
         }
+        for name, known in (
+            ("device", DEVICES),
+            ("precision", PRECISIONS),
+            ("augment", AUGMENTATIONS),
+            ("schedule", SCHEDULES),
+            ("on_bad", ("skip", "refuse")),
+        ):
+            found = getattr(self, name)
+            checks[f"--{name} must be one of {', '.join(known)}, found {found!r}"] = found in known
         broken = [message for message, good in checks.items() if not good]
         if broken:
             raise UsageError("; ".join(broken))
+        find_architecture(self.conv_net)
         self.checkpoint_interval  # noqa: B018  validates the text
         self.max_runtime_s  # noqa: B018
 
@@ -107,6 +128,9 @@ class Settings:
     def shaping(self) -> dict[str, Any]:
         """The settings on which the result depends, as plain data; a resumed run must repeat them."""
         chosen = asdict(self)
+        if self.weights not in ("auto", "none", "imagenet"):
+            # the name is enough: a card travels, and a run that goes on in another sandbox finds the file elsewhere
+            chosen["weights"] = Path(self.weights).name
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in chosen.items()

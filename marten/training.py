@@ -7,25 +7,26 @@ keep the best. Everything that the result depends on is in the settings or in th
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from marten.architectures import Architecture, find_architecture
-from marten.batches import Batches, Pictures, available_cpus
+from marten.batches import Batches, Pictures
 from marten.checkpoint import load_checkpoint, save_checkpoint
-from marten.datasets import PictureSet, find_pictures, inspect, split, split_table
+from marten.datasets import split, split_table
 from marten.devices import Runtime, choose_runtime
-from marten.errors import CHECKPOINTED, DONE, TrainingError, UsageError
-from marten.files import write_text
+from marten.errors import CHECKPOINTED, DONE, DataError, TrainingError, UsageError
+from marten.files import available_cpus, write_text
 from marten.interrupt import Interrupt
 from marten.learner import Learner
 from marten.metrics import Running, share_with_interval
-from marten.plots import plot_curves
 from marten.progress import Bar, say
 from marten.provenance import provenance
+from marten.runlog import Pace, epoch_line, look_at, write_metrics
 from marten.settings import Settings
 from marten.weights import save_model
 from modelspec import ModelCard, ModelSpec
@@ -42,11 +43,16 @@ def train(settings: Settings) -> int:
     Raises:
         MartenError: data, weights, device or settings that cannot be trained with.
     """
-    interrupt = Interrupt(settings.max_runtime_s)
+    interrupt = Interrupt(settings.max_runtime_s, patient=False)
     run = Run(settings)
     try:
         run.resume()
+        interrupt.patient = True
         return run.go_on(interrupt)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"{settings.batch_size} pictures at once do not fit into {run.runtime}: try a smaller --batch_size"
+        ) from error
     finally:
         run.batches.close()
         run.held_out.close()
@@ -65,12 +71,16 @@ class Run:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.architecture = find_architecture(settings.conv_net)
-        self.runtime = choose_runtime(settings.device, settings.precision)
-        self.pictures = _look_at(settings, self.architecture)
+        self._found = load_checkpoint(self._checkpoint_path)
+        before = self._found[0] if self._found else {}
+        # what was begun in one number format goes on in it, whatever another machine's "auto" would choose
+        precision = before.get("precision", "auto") if settings.precision == "auto" else settings.precision
+        self.runtime = choose_runtime(settings.device, precision)
+        self.pictures = look_at(Path(settings.data_dir), self.architecture.preprocess, settings.on_bad)
         self.training, self.validation = split(self.pictures.samples, settings.validation_split, settings.seed)
         self._split_table = split_table(self.pictures.labels, self.training, self.validation)
         self.spec = _spec(settings, self.architecture, self.pictures.labels)
-        self.learner = Learner(settings, self.architecture, self.spec, self.runtime)
+        self.learner = Learner(settings, self.architecture, self.spec, self.runtime, before.get("origin"))
         workers = settings.num_workers if settings.num_workers >= 0 else min(8, available_cpus())
         pre = self.spec.preprocess
         pin = self.runtime.device.type == "cuda"
@@ -85,7 +95,7 @@ class Run:
         self.history: History = []
         self.best: dict[str, Any] = {"loss": math.inf, "epoch": -1, "state": None}
         self._saved_at = time.monotonic()
-        self._waited_s = 0.0
+        self._pace = Pace()
 
     # ------------------------------------------------------------------------------------------ the run
 
@@ -94,15 +104,12 @@ class Run:
         settings = self.settings
         self._announce()
         while self.epoch < settings.epochs and not self._gave_up():
-            started = time.monotonic()
-            if not self._train_epoch(interrupt):
+            if not (self._train_epoch(interrupt) and self._finish_epoch(interrupt)):
                 return self._stop(interrupt.reason)
-            self._finish_epoch(time.monotonic() - started)
             if self.epoch < settings.epochs and self._checkpoint_is_due():
                 self.save()
                 if settings.self_checkpoint:
-                    say(f"Checkpoint after epoch {self.epoch}: exit {CHECKPOINTED}, run me again.")
-                    return CHECKPOINTED
+                    return self._stop("--self_checkpoint")
             if self.epoch < settings.epochs and interrupt.reason:
                 return self._stop(interrupt.reason)
         self._finish()
@@ -112,26 +119,40 @@ class Run:
         """Train from `self.batch` to the end of the epoch; False when interrupted, the state being whole."""
         self.learner.begin_epoch(self.epoch)
         steps = len(self.batches)
-        self._waited_s = 0.0
+        self._pace = pace = Pace()
+        started = time.monotonic()
         batches = self.batches.epoch(self.epoch, self.batch)
         with Bar(f"Epoch {self.epoch + 1}/{self.settings.epochs}", steps) as bar:
             while self.batch < steps:
                 waiting = time.monotonic()
-                pixels_NHWC, labels_N = next(batches)
-                self._waited_s += time.monotonic() - waiting
+                try:
+                    pixels_NHWC, labels_N = next(batches)
+                except (DataError, RuntimeError) as error:  # the latter where a loader process was killed
+                    self.save()
+                    reason = str(error).partition("\n")[0]
+                    raise TrainingError(f"{reason}. The state is saved: the same command goes on from here") from error
+                pace.waited_s += time.monotonic() - waiting
                 step, last = self.epoch * steps + self.batch, self.settings.epochs * steps
                 self.learner.learn(pixels_NHWC, labels_N, step, last, self.running)
                 self.batch += 1
+                pace.count += len(labels_N)
                 note = f"loss {self.running.loss:.4f}  acc {self.running.accuracy:.4f}" if bar.wants_note() else ""
                 bar.step(self.batch, note)
                 if interrupt.reason:
                     return False
                 if self._minutes_are_over():
+                    if self.settings.self_checkpoint:
+                        interrupt.ask("--self_checkpoint")
+                        return False
                     self.save()
+        pace.seconds = time.monotonic() - started
         return True
 
-    def _finish_epoch(self, seconds: float) -> None:
-        """Validate, keep the best, write the metrics; the run then stands at the start of the next epoch."""
+    def _finish_epoch(self, interrupt: Interrupt) -> bool:
+        """Validate, keep the best, write the metrics; the run then stands at the start of the next epoch.
+
+        False when interrupted on the way: the state is then that of the epoch's last batch.
+        """
         measured: dict[str, Any] = {
             "epoch": self.epoch + 1,
             "step": (self.epoch + 1) * len(self.batches),
@@ -141,7 +162,11 @@ class Run:
             "train_count": self.running.count,
         }
         if self.validation:
-            held_out = self.learner.judge(self.learner.candidate, self.held_out.epoch(self.epoch), self.runtime)
+            with Bar("Validating", len(self.held_out)) as bar:
+                batches = bar.over(self.held_out.epoch(self.epoch))
+                held_out = self.learner.judge(self.learner.candidate, batches, self.runtime, lambda: interrupt.reason)
+            if held_out is None:
+                return False
             measured |= {
                 "validation_loss": held_out.loss,
                 "validation_accuracy": held_out.accuracy,
@@ -153,13 +178,15 @@ class Run:
                 f"the loss is {judged} after epoch {self.epoch + 1}: try a lower --lr or --precision fp32"
             )
         self.history.append(measured)
-        say(_told(measured, self.settings.epochs, seconds, self._waited_s))
+        say(epoch_line(measured, self.settings.epochs, self._pace))
         if judged <= self.best["loss"]:
             self._keep_best(judged)
-        self._write_metrics(seconds)
+        title = f"{self.settings.conv_net}, {len(self.training)} pictures"
+        write_metrics(self.settings.run_folder, self.history, self._pace, title)
         self.epoch += 1
         self.batch = 0
         self.running = Running(self.runtime.device)
+        return True
 
     def _keep_best(self, loss: float) -> None:
         kind, before = "Val" if self.validation else "Train", self.best["loss"]
@@ -183,6 +210,7 @@ class Run:
             network.load_state_dict(self.best["state"])
             exact = Runtime(self.runtime.device, "fp32")
             served = self.learner.judge(network, self.held_out.epoch(self.epoch), exact)
+            assert served is not None  # nothing may stop it
             chosen = self.history[self.best["epoch"]]
             self._save_best(chosen | {"validation_loss": served.loss, "validation_accuracy": served.accuracy})
             low, high = share_with_interval(round(served.accuracy * served.count), served.count)["interval_95"]  # type: ignore[misc]
@@ -205,6 +233,7 @@ class Run:
                 "data": self.pictures.digest,
                 "split": hashlib.sha256(self._split_table.encode()).hexdigest(),
                 "precision": str(self.runtime.precision),
+                "origin": self.learner.origin,
                 "epoch": self.epoch,
                 "batch": self.batch,
                 "running": self.running.state(),
@@ -221,10 +250,10 @@ class Run:
         Raises:
             UsageError: it belongs to a run with other settings, data or split, named one by one.
         """
-        found = load_checkpoint(self._checkpoint_path)
-        if found is None:
+        if self._found is None:
             return
-        state, path = found
+        state, path = self._found
+        self._found = None
         told = {
             **{f"--{name}": (state["settings"].get(name), value) for name, value in self.settings.shaping().items()},
             "the pictures": (state["data"], self.pictures.digest),
@@ -275,22 +304,15 @@ class Run:
         count = sum(p.numel() for p in self.learner.network.parameters())
         say(
             f"{self.settings.conv_net}: {count:,} parameters, weights from {self.learner.origin}, on {self.runtime};"
-            f" training on {len(self.training)} pictures, validating on {len(self.validation)}:"
-            f" {', '.join(self.spec.labels)}"
+            f" training on {len(self.training)} pictures, validating on {len(self.validation)}"
         )
+        if self.best["state"] is None and self.settings.weights_path.exists():
+            say(f"{self.settings.weights_path} is there already: the first epoch replaces it.")
+        alone = [name for name, count in self.pictures.counts(self.validation).items() if not count]
+        if alone and self.settings.validation_split:
+            some = ", ".join(alone[:5]) + (" and others" if len(alone) > 5 else "")
+            say(f"Not validated, as they have one picture only: {some}. All of them are trained on.")
         write_text(self.settings.run_folder / "split.csv", self._split_table)
-
-    def _write_metrics(self, seconds: float) -> None:
-        folder = self.settings.run_folder
-        # rewritten whole from the history: after a resume the curve continues and never forks
-        write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.history))
-        # times are no part of the result and stay out of it
-        with open(folder / "timing.jsonl", "a", encoding="utf-8") as file:
-            waited = self._waited_s / max(seconds, 1e-9)
-            rate = self.running.count / max(seconds, 1e-9)
-            row = {"epoch": self.epoch + 1, "seconds": seconds, "images_per_s": rate, "data_wait_share": waited}
-            file.write(json.dumps(row) + "\n")
-        plot_curves(self.history, folder / "curves.png", f"{self.settings.conv_net}, {len(self.training)} pictures")
 
     def _card(self, metrics: dict[str, Any]) -> ModelCard:
         settings = self.settings
@@ -311,21 +333,6 @@ class Run:
         )
 
 
-def _look_at(settings: Settings, architecture: Architecture) -> PictureSet:
-    pictures = find_pictures(Path(settings.data_dir))
-    with Bar("Checking pictures", len(pictures.samples)) as bar:
-        pictures = inspect(pictures, architecture.preprocess, settings.on_bad, lambda done, _: bar.step(done))
-    if pictures.rejected:
-        say(f"{len(pictures.rejected)} files are not used:")
-        for id_, reason in pictures.rejected[:10]:
-            say(f"  {id_}: {reason}")
-        if len(pictures.rejected) > 10:
-            say(f"  and {len(pictures.rejected) - 10} more")
-    counts = ", ".join(f"{count} {name}" for name, count in pictures.counts().items())
-    say(f"{len(pictures.samples)} pictures in {pictures.root}: {counts}")
-    return pictures
-
-
 def _spec(settings: Settings, architecture: Architecture, labels: tuple[str, ...]) -> ModelSpec:
     arch_args = {**architecture.arch_args, "num_classes": len(labels), "dropout": settings.dropout}
     return ModelSpec(
@@ -335,15 +342,3 @@ def _spec(settings: Settings, architecture: Architecture, labels: tuple[str, ...
         arch_args=arch_args,
         preprocess=architecture.preprocess,
     )
-
-
-def _told(measured: dict[str, Any], epochs: int, seconds: float, waited_s: float) -> str:
-    parts = [
-        f"Epoch {measured['epoch']}/{epochs}",
-        f"Loss/train {measured['train_loss']:.4f}  Acc/train {measured['train_accuracy']:.4f}",
-    ]
-    if "validation_loss" in measured:
-        parts.append(f"Loss/valid {measured['validation_loss']:.4f}  Acc/valid {measured['validation_accuracy']:.4f}")
-    rate = measured["train_count"] / max(seconds, 1e-9)
-    parts.append(f"{seconds:.1f} s, {rate:.1f} images/s, {100 * waited_s / max(seconds, 1e-9):.0f} % waiting for data")
-    return " | ".join(parts)

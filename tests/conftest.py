@@ -35,6 +35,24 @@ def data_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
+def drawn_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 24 small drawn cats and dogs, never changed."""
+    from tests.runs import draw_set
+
+    return draw_set(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="session")
+def whole_run(drawn_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run on `drawn_set` by `tests.runs.QUICK` that nobody stopped; never changed."""
+    from tests.runs import run_once
+
+    out = tmp_path_factory.mktemp("whole")
+    assert run_once(drawn_set, out) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Make untrained models with their cards: `tiny_model("vgg", seed=1, topk=2)` is the path of a .pth.
 
