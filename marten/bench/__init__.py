@@ -1,0 +1,1 @@
+"""Measurements of Marten against what else there is, on the machine at hand; scripts/bench runs them."""

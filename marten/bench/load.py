@@ -1,0 +1,114 @@
+"""Clients that ask a server again and again over one connection each, and what they saw."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import math
+import random
+import statistics
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from marten.errors import DataError
+from marten.readiness import Address
+
+
+@dataclass(frozen=True)
+class Load:
+    """What some clients saw together.
+
+    Attributes:
+        requests_s: answers with status 200 per second.
+        p50_ms, p99_ms: of the time from asking to the last byte of the answer.
+        failed: answers of another status, and broken connections.
+    """
+
+    requests_s: float
+    p50_ms: float
+    p99_ms: float
+    failed: int
+
+
+def put_load(address: Address, names: Sequence[str], bodies: Sequence[bytes], clients: int, seconds: float) -> Load:
+    """Let clients ask for some seconds, each for the models in turn, and wait for the last answers."""
+    latencies: list[float] = []
+    failures: list[str] = []
+    begun = time.perf_counter()
+
+    def ask(client: int) -> None:
+        connection = http.client.HTTPConnection(address.host, address.port, timeout=60)
+        turn = client
+        while time.perf_counter() < begun + seconds:
+            asked = time.perf_counter()
+            path = f"/predictions/{names[turn % len(names)]}"
+            try:
+                connection.request("PUT", path, bodies[turn % len(bodies)])
+                answer = connection.getresponse()
+                answer.read()
+                status = str(answer.status)
+            except (OSError, http.client.HTTPException) as error:
+                status = repr(error)
+                connection.close()
+            if status == "200":
+                latencies.append(time.perf_counter() - asked)
+            else:
+                failures.append(status)
+            turn += clients + 1
+        connection.close()
+
+    threads = [threading.Thread(target=ask, args=(client,)) for client in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    elapsed = time.perf_counter() - begun
+    if not latencies:
+        return Load(0.0, float("inf"), float("inf"), len(failures))
+    p50_ms, p99_ms = (1000 * percentile(latencies, percent) for percent in (50, 99))
+    return Load(len(latencies) / elapsed, p50_ms, p99_ms, len(failures))
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The smallest value that at least so many percent do not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
+
+
+def median(values: Sequence[float]) -> float:
+    """Of at least one value."""
+    return float(statistics.median(values))
+
+
+def photographs(folder: Path | None, count: int = 32) -> list[bytes]:
+    """Encoded pictures to ask about: JPEG files of a folder, else drawn ones of 500 x 375 pixels.
+
+    Raises:
+        DataError: a folder without .jpg files.
+    """
+    if folder is None:
+        return [draw_photograph(seed) for seed in range(count)]
+    found = sorted(folder.rglob("*.jpg"))[:count]
+    if not found:
+        raise DataError(f"no .jpg in {folder}: give --img_path a folder of photographs, or leave it out")
+    return [path.read_bytes() for path in found]
+
+
+def draw_photograph(seed: int, size_px: tuple[int, int] = (500, 375)) -> bytes:
+    """A JPEG with the detail, and about the bytes, of a photograph; the same for the same seed."""
+    rng = random.Random(seed)
+
+    def noise(width: int, height: int) -> Image.Image:
+        patch = Image.frombytes("RGB", (width, height), rng.randbytes(3 * width * height))
+        return patch.resize(size_px, Image.Resampling.BICUBIC)
+
+    width, height = size_px
+    mixed = Image.blend(noise(8, 6), noise(min(width, 500) // 4, min(height, 375) // 4), 0.3)
+    buffer = io.BytesIO()
+    mixed.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
