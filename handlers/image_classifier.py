@@ -23,7 +23,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Union
+from typing import Any, Dict, List, Mapping, Tuple, Union
 
 import torch
 
@@ -44,6 +44,9 @@ logger = logging.getLogger(__name__)
 FIELDS = ("body", "data", "file", "image")
 """Names under which a request may carry its picture: TorchServe calls a raw body "body", forms choose freely."""
 
+MAX_INSTANCES = 16
+"""Pictures that one KServe request may hold; TorchServe's largest body bounds them too."""
+
 SETTINGS = {"precision": "fp32", "engine": "auto", "threads": "auto", "explanations": 2}
 """What model-config.yaml may say under `handler:`, with its defaults."""
 
@@ -59,8 +62,8 @@ PHRASES = {
 }
 
 Reply = Union[Dict[str, Any], bytes]
-Outcome = Union[torch.Tensor, Reply, PictureError]
-"""What became of one row so far: its pixels, its answer, or the reason why there is none."""
+Outcome = Union[torch.Tensor, List[torch.Tensor], Reply, PictureError]
+"""What became of one row so far: its pixels (of each of its instances), its answer, or the reason why there is none."""
 
 
 class MartenClassifier(ImageClassifier):  # type: ignore[misc]
@@ -111,9 +114,11 @@ class MartenClassifier(ImageClassifier):  # type: ignore[misc]
         self.context = context
         outcomes = self.preprocess(data)
         self._explain_rows(outcomes)
-        decoded = {i: outcome for i, outcome in enumerate(outcomes) if isinstance(outcome, torch.Tensor)}
-        for i, answer in zip(decoded, self._answer(list(decoded.values()))):
-            outcomes[i] = answer
+        rows = {i: pixels_of(outcome) for i, outcome in enumerate(outcomes) if pixels_of(outcome)}
+        answers = iter(self._answer([pixels for pictures in rows.values() for pixels in pictures]))
+        for i, pictures in rows.items():
+            told = [next(answers) for _ in pictures]
+            outcomes[i] = told[0] if isinstance(outcomes[i], torch.Tensor) else together(told)
         replies = [self._reply(i, outcome) for i, outcome in enumerate(outcomes)]
         if getattr(context, "metrics", None) is not None:
             context.metrics.add_time("HandlerTime", round((time.perf_counter() - started) * 1000, 2), None, "ms")
@@ -140,7 +145,9 @@ class MartenClassifier(ImageClassifier):  # type: ignore[misc]
         try:
             if self.context.get_request_header(i, "describe") == "True":
                 return {"spec": dataclasses.asdict(self.spec), "metrics": dict(self.card.metrics)}
-            return self.spec.preprocess.pixels(self.spec.preprocess.read(encoded_picture(row)))
+            pictures, several = encoded_pictures(row)
+            pixels = [self.spec.preprocess.pixels(self.spec.preprocess.read(picture)) for picture in pictures]
+            return pixels if several else pixels[0]
         except PictureError as error:
             return error
         except MemoryError:
@@ -171,6 +178,8 @@ class MartenClassifier(ImageClassifier):  # type: ignore[misc]
         left = self.settings["explanations"]
         for i in asked:
             pixels = outcomes[i]
+            if isinstance(pixels, list):
+                outcomes[i] = PictureError(400, "an explanation is of one picture: send it as the body")
             if not isinstance(pixels, torch.Tensor):
                 continue
             if not self.settings["explanations"]:
@@ -275,6 +284,40 @@ def read_settings(config: Any) -> Dict[str, Any]:
 # ---------------------------------------------------------------------------------- from a request to a picture
 
 
+def encoded_pictures(row: Mapping[str, Any]) -> Tuple[List[bytes], bool]:
+    """The pictures of a request, and whether they came as KServe's v1 {"instances": [...]}, which may be several.
+
+    Raises:
+        PictureError: as `encoded_picture`; or no instance, or more than MAX_INSTANCES.
+    """
+    value = row.get("body")
+    if isinstance(value, (bytes, bytearray)) and value.lstrip()[:1] == b"{":
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise PictureError(400, "the body is broken JSON") from error
+        row = {**row, "body": value}
+    if not isinstance(value, dict) or "instances" not in value:
+        return [encoded_picture(row)], False
+    instances = value["instances"]
+    if not isinstance(instances, list) or not 1 <= len(instances) <= MAX_INSTANCES:
+        raise PictureError(400, "send 1 to {} instances per request".format(MAX_INSTANCES))
+    return [_from_json(instance) for instance in instances], True
+
+
+def pixels_of(outcome: Outcome) -> List[torch.Tensor]:
+    """The decoded pictures of a row, none where its fate is sealed already."""
+    if isinstance(outcome, torch.Tensor):
+        return [outcome]
+    return outcome if isinstance(outcome, list) else []
+
+
+def together(told: List[Outcome]) -> Outcome:
+    """The answers of one row's instances as KServe v1 wants them, or the first of them that is none."""
+    failed = [outcome for outcome in told if isinstance(outcome, PictureError)]
+    return failed[0] if failed else {"predictions": told}
+
+
 def encoded_picture(row: Mapping[str, Any]) -> bytes:
     """Find the one picture of a request: a raw body, a form field, base64 text, or JSON around base64.
 
@@ -302,12 +345,7 @@ def encoded_picture(row: Mapping[str, Any]) -> bytes:
 
 
 def _from_json(value: Any) -> bytes:
-    """Take base64 out of "...", {"data": "..."} with any name of FIELDS or b64, or {"instances": [one of these]}."""
-    if isinstance(value, dict) and "instances" in value:
-        instances = value["instances"]
-        if not isinstance(instances, list) or len(instances) != 1:
-            raise PictureError(400, "send one instance per request")
-        value = instances[0]
+    """Take base64 out of "..." or {"data": "..."} with any name of FIELDS or b64."""
     if isinstance(value, dict):
         given = [value[name] for name in (*FIELDS, "b64", "image_bytes") if name in value]
         value = given[0] if len(given) == 1 else None

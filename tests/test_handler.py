@@ -231,7 +231,10 @@ SHAPES: dict[str, tuple[int, list[tuple[str, str, Any]]]] = {
     "JSON untyped": (200, [("body", RAW, json.dumps({"data": TEXT}).encode())]),
     "JSON text untyped": (200, [("body", RAW, json.dumps(TEXT).encode())]),
     "JSON picture typed": (200, [("body", JSON, JPEG)]),
-    "JSON two instances": (400, [("body", JSON, {"instances": [{"b64": TEXT}, {"b64": TEXT}]})]),
+    "JSON two instances": (200, [("body", JSON, {"instances": [{"b64": TEXT}, TEXT]})]),
+    "JSON instances untyped": (200, [("body", RAW, json.dumps({"signature": "x", "instances": [TEXT]}).encode())]),
+    "JSON one bad instance": (415, [("body", JSON, {"instances": [TEXT, as_base64(b"just a sentence")]})]),
+    "JSON too many instances": (400, [("body", JSON, {"instances": [TEXT] * 17})]),
     "JSON no instances": (400, [("body", JSON, {"instances": []})]),
     "JSON instances null": (400, [("body", JSON, {"instances": None})]),
     "JSON null": (400, [("body", JSON, None)]),
@@ -261,8 +264,11 @@ def test_every_shape_of_a_request_has_its_status(serve: Callable[..., Server]) -
     replies = serve().send([parameters for _, parameters in SHAPES.values()])
     found = {name: reply["code"] for name, reply in zip(SHAPES, replies, strict=True)}
     assert found == {name: status for name, (status, _) in SHAPES.items()}
-    answers = [reply["body"] for reply in replies if reply["code"] == 200]
-    assert all(answer == pytest.approx(answers[0], abs=1e-6) for answer in answers)
+    answered = {name: reply["body"] for name, reply in zip(SHAPES, replies, strict=True) if reply["code"] == 200}
+    for name, answer in answered.items():
+        told = answer["predictions"] if "instances" in name else [answer]
+        assert len(told) == (2 if name == "JSON two instances" else 1)
+        assert all(each == pytest.approx(answered["raw"], abs=1e-6) for each in told), name
 
 
 json_values = st.recursive(
@@ -357,8 +363,9 @@ def test_nothing_breaks_without_metrics(serve: Callable[..., Server]) -> None:
 def test_explanations_are_heat_maps_bounded_in_number(serve: Callable[..., Server]) -> None:
     server = serve()
     row, bad = [("body", RAW, JPEG)], [("body", RAW, b"no picture")]
-    told = server.send([row, bad, row, row], {"explain": "True"})
-    assert [reply["code"] for reply in told] == [200, 415, 200, 429]
+    several = [("body", JSON, {"instances": [TEXT]})]
+    told = server.send([row, bad, row, row, several], {"explain": "True"})
+    assert [reply["code"] for reply in told] == [200, 415, 200, 429, 400]
     for reply in (told[0], told[2]):
         assert reply["body"]["label"] in ("cat", "dog")
         png = Image.open(io.BytesIO(base64.b64decode(reply["body"]["heat_map_png"])))

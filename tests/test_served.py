@@ -93,7 +93,7 @@ def test_bad_pictures_cost_their_neighbours_nothing(server: Serve) -> None:
         ("-F", "data=@{path}"),
         ("-F", "file=@{path}"),
         ("-F", "image=@{path}"),
-        ("-H", "Content-Type: application/json", "-d", '{{"instances":[{{"b64":"{text}"}}]}}'),
+        ("-H", "Content-Type: application/json", "-d", '{{"data":"{text}"}}'),
     ],
     ids=lambda words: " ".join(words[:3]),
 )
@@ -106,6 +106,15 @@ def test_curl_is_answered_however_it_sends_a_picture(server: Serve, tmp_path: Pa
     ((label, probability),) = json.loads(done.stdout).items()
     assert label in ("cat", "dog")
     assert 0.5 <= probability <= 1
+
+
+def test_kserve_v1_is_spoken(server: Serve) -> None:
+    instances = [{"b64": as_base64(ODD[name])} for name in ("jpeg_rgb", "jpeg_444")]
+    address = f"http://127.0.0.1:{server.ports[0]}/v1/models/pets:predict"
+    words = ["curl", "-sS", "-H", "Content-Type: application/json", "-d", json.dumps({"instances": instances}), address]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=True)
+    for name, told in zip(("jpeg_rgb", "jpeg_444"), json.loads(done.stdout)["predictions"], strict=True):
+        assert told == pytest.approx(json.loads(server.ask("pets", ODD[name])[1]), abs=1e-5)
 
 
 def test_the_archives_settings_reach_torchserve(server: Serve) -> None:
