@@ -138,6 +138,30 @@ def layer_output(network: torch.nn.Module, crops_NCHW: torch.Tensor, layer: str)
     return found.mean((2, 3)) if found.ndim == 4 else found
 
 
+def fuse(network: torch.nn.Module, layer: str) -> torch.nn.Module:
+    """A copy of a network in which every batch norm is part of the convolution before it: a sixth less to compute.
+
+    Networks whose layers have other names than Keras gives them come back as they are, and so do all when the layer
+    asked for lies between a convolution and its batch norm.
+    """
+    import copy
+
+    from torch import nn
+    from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+    if layer.endswith("conv"):
+        return network
+    fused = copy.deepcopy(network)
+    modules = dict(fused.named_children())
+    for name, module in modules.items():
+        norm_name = name.removesuffix("dwconv").removesuffix("conv") + "bn"
+        norm = modules.get(norm_name)
+        if name.endswith("conv") and isinstance(module, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            setattr(fused, name, fuse_conv_bn_eval(module, norm))
+            setattr(fused, norm_name, nn.Identity())
+    return fused
+
+
 def repeat_channels(crops_NCHW: torch.Tensor, size_px: int) -> torch.Tensor:
     """Show every channel alone: (cells x channels, 3, size, size) of values in -1..1, channels of a cell in a row."""
     from torch.nn import functional

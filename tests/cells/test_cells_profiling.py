@@ -18,7 +18,7 @@ from marten.architectures import build_network
 from marten.cells.errors import CellsError
 from marten.cells.index import read_index, split_index
 from marten.cells.keras_weights import keras_classes, keras_state
-from marten.cells.networks import load_profiler, repeat_channels
+from marten.cells.networks import fuse, load_profiler, repeat_channels
 from marten.cells.profiling import npz_path, profile_cells
 from marten.cells.project import open_project
 from marten.devices import choose_runtime
@@ -269,3 +269,23 @@ def test_every_layer_of_the_network_can_be_asked_for():
         assert network.features(x).shape == (1, network.feature_dim)
     with pytest.raises(KeyError, match="no layer 'pool6'"):
         network.features(x, "pool6")
+
+
+@pytest.mark.parametrize(
+    ("arch", "layer"), [("efficientnet", "block2a_bn"), ("resnet_v2", "pool5"), ("efficientnet", "block3a_dwconv")]
+)
+def test_a_fused_network_gives_the_same_features(arch, layer):
+    torch.manual_seed(0)
+    network = build_network(arch, {"num_classes": 4, "channels": 2}).eval()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.2, 0.2)
+            module.running_var.uniform_(0.5, 2)
+    fused = fuse(network, layer)
+    norms = [m for m in fused.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert len(norms) < len([m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]) or layer.endswith(
+        "conv"
+    )
+    x = torch.rand(2, 2, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(fused.features(x, layer), network.features(x, layer), rtol=1e-4, atol=1e-5)
