@@ -101,15 +101,15 @@ if [[ -n ${MARTEN_INPUT:-} ]]; then
   # HTCondor puts what came from afar beside us, under its last name
   [[ $scheduler != htcondor || ! -e ${MARTEN_INPUT##*/} ]] || MARTEN_INPUT=${MARTEN_INPUT##*/}
   if [[ -d $MARTEN_INPUT || $MARTEN_INPUT == *.[ct]sv ]]; then
-    data=$MARTEN_INPUT
+    staged=$MARTEN_INPUT
   else
     place=$(mktemp "${TMPDIR:-/tmp}/marten-staged.XXXXXX")
     stage() { exec "$python" "$home/scripts/stage" "$MARTEN_INPUT" >"$place"; }
     supervise stage || code=$?
-    data=$(<"$place")
+    staged=$(<"$place")
     rm -f "$place"
   fi
-  words+=(--data_dir "$data")
+  words+=(--data_dir "$staged")
   if [[ -n $asked && $code -ne 0 ]]; then
     code=85  # what is staged stays staged where the disk stays; nothing else was begun
   fi

@@ -16,9 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from marten.cli import Parser
 from marten.errors import MartenError, UsageError
 from marten.files import ROOT
-from marten.settings import settings_from
+from marten.settings import duration_s, settings_from
 
 DEPLOYMENT = ROOT / "deployment"
 
@@ -111,6 +112,36 @@ class Command:
         return " ".join([*settings, shlex.join(self.words)])
 
 
+def add_machine_flags(parser: Parser) -> None:
+    """The flags that say what a run needs of a machine, for every command that submits."""
+    standard = Resources()
+    add = parser.add_argument_group("the machine").add_argument
+    add("--cpus", type=int, default=standard.cpus, metavar="N")
+    add("--gpus", type=int, default=standard.gpus, metavar="N", help="0 or 1")
+    add("--memory_gb", type=int, default=standard.memory_gb, metavar="N")
+    add("--disk_gb", type=int, default=standard.disk_gb, metavar="N", help="HTCondor only")
+    add("--time", default="12h", metavar="T", help="longest time in one go")
+    add("--gpu_memory_gb", type=int, default=0, metavar="N", help="least memory of the GPU, HTCondor only")
+    add("--at_once", type=int, default=0, metavar="N", help="of several runs, under Slurm and PBS")
+    add("--image", default="", metavar="URL", help="container with Marten inside, under HTCondor")
+    add("--python", default="", metavar="PATH", help="interpreter on the machine that trains")
+    add("--native", default="", metavar="WORDS", help="for the scheduler's own command: --native=--account=lab")
+
+
+def job_from_flags(args: Namespace, words: Sequence[str], runs: Path | None, name: str = "") -> Job:
+    """A job from parsed machine flags and the words for train_main.py; see `job_from`."""
+    resources = Resources(
+        cpus=args.cpus,
+        gpus=args.gpus,
+        memory_gb=args.memory_gb,
+        disk_gb=args.disk_gb,
+        time_s=int(duration_s(args.time, "--time")),
+        gpu_memory_gb=args.gpu_memory_gb,
+    )
+    rest = {"name": name, "at_once": args.at_once, "image": args.image, "python": args.python}
+    return job_from(words, resources=resources, runs=runs, native=tuple(shlex.split(args.native)), **rest)
+
+
 def job_from(words: Sequence[str], *, resources: Resources, runs: Path | None = None, **rest: object) -> Job:
     """A job that trains as the words say; they are read as train_main.py will read them, for every run.
 
@@ -191,7 +222,7 @@ _SLURM: dict[str, Callable[[Resources], str]] = {
 }
 _PBS: dict[str, Callable[[Resources], str]] = {
     "cpus, gpus, memory_gb": lambda r: (
-        f"-l select=1:ncpus={r.cpus}:mem={r.memory_gb}gb" + (f":ngpus={r.gpus}" if r.gpus else "")
+        f"-l select=1:ncpus={r.cpus}" + (f":ngpus={r.gpus}" if r.gpus else "") + f":mem={r.memory_gb}gb"
     ),
     "time_s": lambda r: f"-l walltime={_clock(r.time_s)}",
 }
@@ -267,7 +298,8 @@ def _pbs(job: Job) -> Command:
     saved_s = job.resources.time_s - min(900, job.resources.time_s // 4)
     environment |= {"flags": " ".join(job.flags), "max_runtime": f"{saved_s}s", "options": shlex.join(options)}
     file = DEPLOYMENT / "pbs" / "train.pbs"
-    words = ["qsub", *options, *array, "-v", ",".join(environment), str(file)]
+    # -V and not -v: a value may hold commas and blanks
+    words = ["qsub", *options, *array, "-V", str(file)]
     return Command(tuple(words), environment, _files(job, file))
 
 
@@ -319,12 +351,22 @@ def submit(cluster: str, job: Job) -> int:
         )
     if cluster == "htcondor" and not job.image:
         _check_pool(job.resources)
+    if cluster == "slurm":
+        _check_slurm(command)
     done = subprocess.run(command.words, env={**os.environ, **command.environment}, check=False)
     if cluster == "local":
         return done.returncode
     if done.returncode:
         raise MartenError(f"{program} refused the job (exit {done.returncode}); its own words are above")
     return 0
+
+
+def _check_slurm(command: Command) -> None:
+    """Many a Slurm takes an impossible job and lets it wait for ever: ask when it would start."""
+    words = [command.words[0], "--test-only", *command.words[1:]]
+    told = subprocess.run(words, env={**os.environ, **command.environment}, capture_output=True, text=True, check=False)
+    if told.returncode:
+        raise UsageError(f"Slurm could not run this job: {' '.join((told.stdout + told.stderr).split())}")
 
 
 def _check_pool(resources: Resources) -> None:

@@ -80,7 +80,8 @@ def stage(
 
     Args:
         source: a zip, tar or tgz archive, or a folder.
-        into: folder that will hold the staged set; the node's own disk when None.
+        into: folder that will hold the staged set; when None the node's own disk, below it a folder of this source
+            where the scheduler gave the job none of its own.
         workers: threads that copy or unpack; a tar is read by one.
         link: make a symbolic link to a folder instead of a copy.
         digest: "sha256:…" or "md5:…" that the archive must have.
@@ -97,7 +98,7 @@ def stage(
         raise DataError(f"nothing to stage at {source}: give a .zip, .tar, .tgz or a folder")
     if source.is_file() and not is_archive(source):
         raise DataError(f"{source} is neither a folder nor an archive ({', '.join(ARCHIVES)})")
-    target = (Path(into).absolute() if into else node_local_folder()) / _stem(source)
+    target = (Path(into).absolute() if into else _own_place(source)) / _stem(source)
     if target == source:
         raise DataError(f"{source} would be staged onto itself: give another folder with --into")
     try:
@@ -110,6 +111,15 @@ def stage(
             f"cannot stage {source} into {target.parent}: {error.strerror or error}; what is there already is kept and"
             " taken up by the next try"
         ) from error
+
+
+def _own_place(source: Path) -> Path:
+    """Below the node's disk; where other jobs may share that, in a folder that this source has for itself."""
+    folder = node_local_folder()
+    if str(folder) in (os.environ.get("SLURM_TMPDIR"), os.environ.get("_CONDOR_SCRATCH_DIR")):
+        return folder
+    own = hashlib.sha256(json.dumps([str(source), *_identity(source)]).encode()).hexdigest()[:12]
+    return folder / f"marten-{os.getuid()}" / own
 
 
 def _stem(source: Path) -> str:

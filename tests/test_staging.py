@@ -154,6 +154,21 @@ def test_b3_03_it_goes_where_the_scheduler_gave_room(tmp_path: Path, monkeypatch
         assert node_local_folder() == tmp_path / name
 
 
+def test_two_sets_of_one_name_do_not_meet_on_a_shared_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_TMPDIR", "_CONDOR_SCRATCH_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    staged = []
+    for owner in ("me", "you"):
+        (tmp_path / owner).mkdir()
+        with zipfile.ZipFile(tmp_path / owner / "train.zip", "w") as archive:
+            archive.writestr("whose.txt", owner)
+        staged.append(stage(tmp_path / owner / "train.zip"))
+    assert [content(s.folder) for s in staged] == [{"whose.txt": b"me"}, {"whose.txt": b"you"}]
+    assert not stage(tmp_path / "me" / "train.zip").fresh
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk, which only root may")
 def test_a_full_disk_is_one_line(zipped: Path, tmp_path: Path) -> None:
     small = tmp_path / "small"
