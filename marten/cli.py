@@ -58,6 +58,8 @@ class Parser(argparse.ArgumentParser):
             if action is None or key == "config":
                 self.error(f"--config {path}: unknown key {key!r}; known: {', '.join(sorted(flags))}")
             if action.nargs == 0:
+                if not isinstance(value, bool):
+                    self.error(f"--config {path}: {key} is true or false, found {value!r}")
                 words += [action.option_strings[-1]] if value else []
             else:
                 values = value if isinstance(value, list) else [value]
@@ -71,8 +73,10 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         told = action.help or ""
-        if "default" in told or action.default in (None, False, "", argparse.SUPPRESS) or action.required:
+        if "default" in told or action.default in (None, False, "", [], argparse.SUPPRESS) or action.required:
             return told
+        if isinstance(action.default, (list, tuple)):
+            return f"{told} (default: {' '.join(map(str, action.default))})"
         return f"{told} (default: %(default)s)"
 
 

@@ -24,6 +24,8 @@ from marten.files import available_cpus
 from modelspec import Preprocess
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".gif", ".webp", ".avif", ".bmp", ".tif", ".tiff"})
+_PARTS = frozenset({"train", "val", "valid", "validation", "test", "test1"})
+"""Folders that part a set, and so are no classes."""
 _FLAT_NAME = re.compile(r"(?P<label>[^.\s][^.]*)\.(?P<number>\d+)\.[A-Za-z]+")
 
 
@@ -99,6 +101,9 @@ def find_pictures(root: Path, labels: Sequence[str] | None = None) -> PictureSet
     else:
         raise DataError(f"no data set at {root}: give a folder of pictures or a .csv with the columns path and label")
     names = sorted({label for _, _, label in found})
+    if layout == "folders" and "train" in names and len(_PARTS.intersection(names)) > 1:  # alone it may be a railway's
+        others = ", ".join(name for name in names if name != "train")
+        raise DataError(f"{root} holds a folder train beside {others}: name the one to learn from, {root / 'train'}")
     if not found:
         raise DataError(
             f"no labelled picture in {root}: expected cat.0.jpg, dog.0.jpg, …, or one folder per class"
@@ -210,9 +215,14 @@ def split_table(labels: Sequence[str], training: Sequence[Sample], validation: S
 def _training_folder(root: Path) -> Path:
     """`root/train` when the pictures lie there, else `root`."""
     train = root / "train"
-    others = [p for p in root.iterdir() if p.is_dir() and p.name not in ("train", "val", "valid", "test", "test1")]
+    others = [p for p in root.iterdir() if p.is_dir() and p.name not in _PARTS and not _is_litter(p.name)]
     loose = any(p.is_file() and p.suffix.lower() in SUFFIXES for p in root.iterdir())
     return train if train.is_dir() and not others and not loose else root
+
+
+def _is_litter(name: str) -> bool:
+    """Whether a folder is what a Mac or an editor leaves behind."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 _Found = list[tuple[str, Path, str]]
@@ -223,7 +233,7 @@ def _read_folder(root: Path) -> tuple[str, _Found, _Rejected]:
     flat, folders = [], []
     rejected: _Rejected = []
     for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        subfolders[:] = sorted(name for name in subfolders if not _is_litter(name))
         for name in sorted(files):
             path = Path(folder, name)
             id_ = path.relative_to(root).as_posix()

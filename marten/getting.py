@@ -10,6 +10,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -32,10 +33,8 @@ def unpack(archive: Path, into: Path) -> Path:
         DataError: no archive, a damaged one, one that reaches outside its folder, or `into` exists already.
     """
     archive, into = Path(archive), Path(into)
-    if into.exists() and any(into.iterdir()):
-        raise DataError(f"{into} holds something already: remove it, or choose another folder with --data_dir")
-    into.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{into.name}.", dir=into.parent) as scratch:
+    _refuse_to_overwrite(into)
+    with _scratch(into) as scratch:
         room = Path(scratch, "room")
         _unpack_one(archive, room)
         for inner in sorted(room.rglob("*.zip")):
@@ -45,6 +44,20 @@ def unpack(archive: Path, into: Path) -> Path:
             into.rmdir()
         os.replace(room, into)
     return into
+
+
+def _refuse_to_overwrite(into: Path) -> None:
+    if into.exists() and (not into.is_dir() or any(into.iterdir())):
+        raise DataError(f"{into} holds something already: remove it, or choose another folder with --data_dir")
+
+
+def _scratch(into: Path) -> tempfile.TemporaryDirectory[str]:
+    """A private folder beside `into`, on its disk: what is whole can be put in place in one step."""
+    try:
+        into.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(prefix=f".{into.name}.", dir=into.parent)
+    except OSError as error:
+        raise DataError(f"cannot write into {into.parent}: {error.strerror}") from error
 
 
 def _unpack_one(archive: Path, into: Path) -> None:
@@ -60,7 +73,8 @@ def _unpack_one(archive: Path, into: Path) -> None:
                 file.extractall(into, filter="data")
         else:
             raise DataError(f"{archive} is neither a zip nor a tar" if archive.exists() else f"no archive at {archive}")
-    except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError) as error:
+    # RuntimeError: a password is needed; NotImplementedError: a compression that Python lacks
+    except (OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile, tarfile.TarError) as error:
         raise DataError(f"{archive} cannot be unpacked: {error}") from error
 
 
@@ -78,7 +92,8 @@ def fetch_kaggle(into: Path, archive: Path | None = None) -> Path:
     )
     if importlib.util.find_spec("kaggle") is None:
         raise DataError(f"the kaggle package is not installed: pip install kaggle, or {by_hand}")
-    with tempfile.TemporaryDirectory() as scratch:
+    _refuse_to_overwrite(into)  # before 800 MB are fetched
+    with _scratch(into) as scratch:
         words = [sys.executable, "-m", "kaggle", "competitions", "download", "-c", KAGGLE_SET, "-p", scratch]
         done = subprocess.run(words, text=True, capture_output=True)
         found = list(Path(scratch).glob("*.zip"))

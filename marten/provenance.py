@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 import shlex
@@ -33,7 +34,9 @@ def _without_place(word: str) -> str:
     return f"{flag}{equals}…/{Path(value).name}" if value.startswith("/") else word
 
 
+@functools.cache
 def _commit() -> str:
+    # once: the tree may change while a run of days goes on with the code that it has loaded
     def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=10, check=True)
         return done.stdout.strip()

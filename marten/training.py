@@ -96,6 +96,7 @@ class Run:
         self.best: dict[str, Any] = {"loss": math.inf, "epoch": -1, "state": None}
         self._saved_at = time.monotonic()
         self._pace = Pace()
+        provenance()  # notes the commit now
 
     # ------------------------------------------------------------------------------------------ the run
 

@@ -64,6 +64,19 @@ def test_a_folder_of_train_and_test1_is_read_from_train(tmp_path: Path) -> None:
     assert find_pictures(tmp_path).root == tmp_path / "train"
 
 
+@pytest.mark.parametrize("litter", [".ipynb_checkpoints", "__MACOSX", "validation"])
+def test_litter_beside_train_makes_no_classes_of_train_and_test1(tmp_path: Path, litter: str) -> None:
+    # with a hidden folder beside them, "train" and "test1" were the two classes
+    fill(tmp_path / "train", FLAT)
+    fill(tmp_path / "test1", ["1.jpg", "2.jpg"])
+    fill(tmp_path / litter, ["._cat.0.jpg"])
+    fill(tmp_path / "train" / litter, ["._cat.0.jpg"] if litter != "validation" else [])
+    assert find_pictures(tmp_path).labels == ("cat", "dog")
+    fill(tmp_path / "mine", ["1.jpg"])
+    with pytest.raises(DataError, match="name the one to learn from"):
+        find_pictures(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("names", "told"),
     [

@@ -13,7 +13,7 @@ import pytest
 
 from marten.errors import DataError
 from marten.files import ROOT
-from marten.getting import check, fetch_pets, unpack
+from marten.getting import check, fetch_kaggle, fetch_pets, unpack
 from tests.pictures import draw, encode
 
 
@@ -59,6 +59,35 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "data" / "mine.txt").write_text("x")
     with pytest.raises(DataError, match="holds something already"):
         unpack(archive, tmp_path / "data")
+
+
+def test_a_zip_with_a_password_is_one_line(tmp_path: Path) -> None:
+    # was a RuntimeError's traceback
+    data = bytearray(zipped(tmp_path / "a.zip", ["cat.0.jpg"]).read_bytes())
+    for header, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        data[data.index(header) + flags] |= 1  # "encrypted"
+    (tmp_path / "locked.zip").write_bytes(data)
+    with pytest.raises(DataError, match="password"):
+        unpack(tmp_path / "locked.zip", tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_places_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
+    archive = zipped(tmp_path / "a.zip", ["cat.0.jpg"])
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DataError, match="holds something already"):
+        unpack(archive, tmp_path / "file")
+    with pytest.raises(DataError, match="cannot write"):
+        unpack(archive, tmp_path / "file" / "data")
+
+
+def test_kaggle_is_not_asked_for_what_has_no_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 800 MB were fetched first
+    (tmp_path / "mine.txt").write_text("x")
+    monkeypatch.setattr("marten.getting.importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("marten.getting.subprocess.run", None)
+    with pytest.raises(DataError, match="holds something already"):
+        fetch_kaggle(tmp_path)
 
 
 def test_copies_and_contradictions_are_told(tmp_path: Path) -> None:

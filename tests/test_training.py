@@ -130,9 +130,10 @@ def test_a_config_file_sets_flags_and_the_command_line_wins(tmp_path: Path) -> N
         5,
         True,
     )
-    config.write_text("epoch = 3\n")
-    with pytest.raises(SystemExit):
-        build_parser().parse_args(["--config", str(config)])
+    for wrong in ("epoch = 3\n", 'self_checkpoint = "false"\n'):  # B2-02: "false" was true
+        config.write_text(wrong)
+        with pytest.raises(SystemExit):
+            build_parser().parse_args(["--config", str(config)])
 
 
 def test_no_short_flag_is_used_twice() -> None:
