@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from marten.architectures import the_one_class
-from marten.bench.contestants import EXACT, FAST, STOCK, make_weights, pack
+from marten.bench.contestants import EXACT, FAST, FITTED, STOCK, make_weights, pack
 from marten.bench.load import draw_photograph, percentile, photographs, put_load
 from marten.bench.report import Row, ratios, rows, table, write_report
 from marten.errors import DataError
@@ -94,7 +94,7 @@ def test_photographs_are_of_photographs_size_and_the_same_at_every_call(tmp_path
 def test_the_contestants_serve_the_same_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = make_weights("cat_dog_conv_net", tmp_path)
     held = {}
-    for kind in (STOCK, EXACT, FAST):
+    for kind in (STOCK, FITTED, EXACT, FAST):
         (mar,) = pack(kind, weights, tmp_path).glob("*.mar")
         with zipfile.ZipFile(mar) as archive:
             held[kind] = {name: archive.read(name) for name in archive.namelist()}
@@ -168,6 +168,6 @@ def test_a_small_network_is_measured_from_end_to_end(tmp_path: Path) -> None:
     told = bench(*words, "--copies", "1", "--small", "--out", str(tmp_path), cwd=tmp_path)
     assert told.returncode == 0, told.stderr
     found = json.loads((tmp_path / "serving.json").read_text())
-    assert {r["contestant"] for r in found["records"]} == {STOCK, EXACT, FAST, "in process"}
+    assert {r["contestant"] for r in found["records"]} == {STOCK, FITTED, EXACT, FAST, "in process"}
     assert all(r["requests_s"] > 0 and not r["failed"] for r in found["records"])
     assert found["answers"][0]["largest"] <= 2e-3

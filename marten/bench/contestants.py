@@ -20,8 +20,9 @@ from marten.serverconfig import read_settings
 from modelspec import ModelCard, ModelSpec, sha256_file
 
 FAST_CONFIG = MODEL_CONFIG.with_name("model-config-fast.yaml")
-STOCK, EXACT, FAST = "stock", "ours fp32", "ours fast"
-"""TorchServe with its ImageClassifier; our handler as archives have it; our handler with `precision: auto`."""
+STOCK, FITTED, EXACT, FAST = "stock", "stock fitted", "ours fp32", "ours fast"
+"""TorchServe with its ImageClassifier, one worker on all cores; the same with as many workers and threads as we have;
+our handler as archives have it; our handler with `precision: auto`."""
 
 _LABELS = ("ant", "bee", "cat", "dog", "eel")  # TorchServe's ImageClassifier fails with fewer than five
 
@@ -81,7 +82,7 @@ def pack(kind: str, weights: Path, folder: Path) -> Path:
     model |= {"serializedFile": weights.name, "handler": HANDLER.name, "configFile": plan.config.name}
     network = plan.network.read_text(encoding="utf-8")
     files = [HANDLER, *plan.extra_files, plan.config]
-    if kind == STOCK:
+    if kind in (STOCK, FITTED):
         files = [plan.labels]
         model = {**model, "handler": "image_classifier"}
         del model["configFile"]
@@ -102,7 +103,7 @@ def _without_arguments(spec: ModelSpec) -> str:
 
 
 def launch(kind: str, store: Path, copies: int = 1) -> Contestant:
-    """Serve the one archive of a store, under several names where asked; stock with one worker, ours as it fits.
+    """Serve the one archive of a store, under several names where asked.
 
     Raises:
         ServerError: it does not start.

@@ -167,8 +167,8 @@ def _plot(found: Mapping[str, Any], path: Path) -> None:
             middle = [median(rate) for rate in rates]
             spread = [[m - min(r) for m, r in zip(middle, rates, strict=True)]]
             spread.append([max(r) - m for m, r in zip(middle, rates, strict=True)])
-            places = [k + 0.2 * (i - (len(contestants) - 1) / 2) for k in range(len(clients))]
-            axes.bar(places, middle, 0.18, yerr=spread, label=contestant)
+            places = [k + 0.16 * (i - (len(contestants) - 1) / 2) for k in range(len(clients))]
+            axes.bar(places, middle, 0.15, yerr=spread, label=contestant)
         axes.set_xticks(range(len(clients)), [str(n) for n in clients])
         axes.set_xlabel("clients")
         axes.set_ylabel("requests per second")

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from marten.bench.contestants import EXACT, FAST, STOCK, Contestant, launch, make_weights, pack
+from marten.bench.contestants import EXACT, FAST, FITTED, STOCK, Contestant, launch, make_weights, pack
 from marten.bench.limit import Limit
 from marten.bench.load import Load, draw_photograph, photographs, put_load
 from marten.readiness import request
@@ -68,7 +68,7 @@ def bench_serving(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
             folder = Path(name) / network
             folder.mkdir()
             weights = make_weights(network, folder)
-            stores = {kind: pack(kind, weights, folder) for kind in (STOCK, EXACT, FAST)}
+            stores = {kind: pack(kind, weights, folder) for kind in (STOCK, FITTED, EXACT, FAST)}
             with contextlib.ExitStack() as stack:
                 servers = [_launched(stack, kind, store) for kind, store in stores.items()]
                 limit = Limit(weights, pictures, servers[-1].threads)
@@ -79,7 +79,7 @@ def bench_serving(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
                     put_load(each.address, each.names, bodies, 4, 1.0)  # nobody's first answers count
                     start = {"network": network, "contestant": each.name, "start_s": each.start_s}
                     found["starts"].append(start)
-                found["answers"].append({"network": network, "largest": _largest_gap(servers[1], servers[2], bodies)})
+                found["answers"].append({"network": network, "largest": _largest_gap(servers[-2], servers[-1], bodies)})
                 _take_turns(plan, network, servers, limit, bodies, found, say)
             if plan.copies > 1 and network == plan.networks[-1]:
                 _register_more(plan, network, stores, bodies, found, say)
