@@ -121,8 +121,7 @@ class EfficientNet(nn.Module):
                 nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / (fan_out / module.groups)))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        bound = 1.0 / math.sqrt(self.ClassProb.out_features)
-        nn.init.uniform_(self.ClassProb.weight, -bound, bound)
+        nn.init.xavier_uniform_(self.ClassProb.weight)
         nn.init.zeros_(self.ClassProb.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
