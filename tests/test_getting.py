@@ -116,7 +116,7 @@ def test_the_command_checks_and_exits_1_on_damage(tmp_path: Path) -> None:
     words = [
         sys.executable,
         str(ROOT / "scripts" / "data"),
-        "unpack",
+        "zip",
         str(archive),
         "--data_dir",
         str(tmp_path / "data"),
