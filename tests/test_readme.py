@@ -20,9 +20,14 @@ def commands() -> list[tuple[str, str]]:
     found = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-        lines = [line.strip() for line in text.splitlines() if line.startswith("    ")]
+        lines = [line.strip() for line in text.splitlines() if line.startswith("    ") and " | " not in line]
         found += [(page.name, line) for line in lines if OURS.match(line)]
     return found
+
+
+def parse(program: Path, words: list[str]) -> None:
+    """Let a program read its flags; it exits with 2 if it does not know them."""
+    runpy.run_path(str(program))["build_parser"]().parse_args(words)
 
 
 @pytest.mark.parametrize(("page", "line"), commands())
@@ -30,10 +35,10 @@ def test_documented_commands_parse(page: str, line: str) -> None:
     words = shlex.split(re.sub(r"\bpython3? ", "", line, count=1), comments=True)
     program = ROOT / words[0]
     assert program.is_file(), f"{page} names {words[0]}"
-    if any("|" in word or word in ("...", "…") for word in words):
-        pytest.skip("a synopsis, not a command")
-    parser = runpy.run_path(str(program))["build_parser"]()
-    parser.parse_args(words[1:])
+    ours, _, trainers = " ".join(map(shlex.quote, words[1:])).partition(" -- ")
+    parse(program, shlex.split(ours))
+    if trainers:
+        parse(ROOT / "train_main.py", shlex.split(trainers))
 
 
 def test_links_lead_somewhere() -> None:
