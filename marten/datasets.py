@@ -94,7 +94,10 @@ def find_pictures(root: Path, labels: Sequence[str] | None = None) -> PictureSet
     """
     root = Path(root)
     if root.is_file() and root.suffix.lower() in (".csv", ".tsv"):
-        layout, found, rejected = "table", *_read_table(root)
+        try:
+            layout, found, rejected = "table", *_read_table(root)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"{root} is no table in UTF-8: {error}") from error
     elif root.is_dir():
         root = _training_folder(root)
         layout, found, rejected = _read_folder(root)

@@ -33,6 +33,8 @@ def unpack(archive: Path, into: Path) -> Path:
         DataError: no archive, a damaged one, one that reaches outside its folder, or `into` exists already.
     """
     archive, into = Path(archive), Path(into)
+    if not archive.is_file():
+        raise DataError(f"no archive at {archive}")
     _refuse_to_overwrite(into)
     with _scratch(into) as scratch:
         room = Path(scratch, "room")
@@ -72,7 +74,7 @@ def _unpack_one(archive: Path, into: Path) -> None:
             with tarfile.open(archive) as file:
                 file.extractall(into, filter="data")
         else:
-            raise DataError(f"{archive} is neither a zip nor a tar" if archive.exists() else f"no archive at {archive}")
+            raise DataError(f"{archive} is neither a zip nor a tar")
     # RuntimeError: a password is needed; NotImplementedError: a compression that Python lacks
     except (OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile, tarfile.TarError) as error:
         raise DataError(f"{archive} cannot be unpacked: {error}") from error

@@ -34,8 +34,12 @@ def start_weights(network: torch.nn.Module, architecture: Architecture, weights:
         return "none"
     if weights in ("auto", "imagenet"):
         state, told = _imagenet_weights(architecture)
-    else:
+    elif Path(weights).is_file():
         state, told = load_state_dict(weights), Path(weights).name
+    else:
+        raise TrainingError(
+            f"--weights takes auto, none, imagenet or a file of weights, and there is no file {weights}"
+        )
     own = network.state_dict()
     fitting = {name: t for name, t in state.items() if name in own and own[name].shape == t.shape}
     missing = [name for name in own if name not in fitting and not name.startswith(architecture.head)]

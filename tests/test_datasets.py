@@ -98,6 +98,9 @@ def test_a_missing_folder_and_a_table_without_columns_are_refused(tmp_path: Path
     (tmp_path / "bad.csv").write_text("file,class\n")
     with pytest.raises(DataError, match="needs path and label"):
         find_pictures(tmp_path / "bad.csv")
+    (tmp_path / "latin.csv").write_bytes("path,label\nkätzchen.jpg,cat\n".encode("latin-1"))
+    with pytest.raises(DataError, match="no table in UTF-8"):  # was a traceback
+        find_pictures(tmp_path / "latin.csv")
 
 
 def test_unreadable_pictures_are_found_before_training(tmp_path: Path) -> None:

@@ -75,6 +75,10 @@ def test_a_zip_with_a_password_is_one_line(tmp_path: Path) -> None:
 def test_places_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
     archive = zipped(tmp_path / "a.zip", ["cat.0.jpg"])
     (tmp_path / "file").write_text("x")
+    with pytest.raises(DataError, match="no archive at nowhere"):
+        unpack(Path("nowhere.zip"), tmp_path / "data")
+    with pytest.raises(DataError, match="neither a zip nor a tar"):
+        unpack(tmp_path / "file", tmp_path / "data")
     with pytest.raises(DataError, match="holds something already"):
         unpack(archive, tmp_path / "file")
     with pytest.raises(DataError, match="cannot write"):

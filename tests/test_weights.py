@@ -27,6 +27,13 @@ def lite0(settings: dict[str, object]) -> tuple[torch.nn.Module, ModelCard]:
     return network, ModelCard(spec, "", training={"conv_net": "efficientnet_lite0", **settings})
 
 
+def test_first_weights_from_no_file_are_told_by_their_flag() -> None:
+    # it said to train them
+    architecture = find_architecture("cat_dog_conv_net")
+    with pytest.raises(TrainingError, match=r"--weights takes .* there is no file nowhere\.pth"):
+        start_weights(build_network(architecture.arch, {}), architecture, "nowhere.pth")
+
+
 def test_equal_tensors_give_equal_bytes(tmp_path: Path) -> None:
     network, card = lite0({})
     save_model(tmp_path / "plain.pth", network.state_dict(), card)

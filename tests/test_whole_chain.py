@@ -52,15 +52,13 @@ def test_curl_is_answered_as_predict_main_answers(chain: tuple[Path, Serve], dat
     base, serve = chain
     picture = data_dir / "dogs-vs-cats" / "test1" / "1.jpg"
     url = f"http://127.0.0.1:{serve.ports[0]}/predictions/{name}"
+    model = str(base / "models" / f"model_{name}.pth")
+    done = program("predict_main.py", "--model_path", model, "--img_path", str(picture), "--json", "--device", "cpu")
+    predicted = json.loads(done.stdout)
+    predicted.pop("path")
     for words in (["-T", str(picture)], ["-X", "POST", "-T", str(picture)]):
         told = subprocess.run(["curl", "-sS", *words, url], capture_output=True, text=True, check=True, timeout=60)
         served = json.loads(told.stdout)
-        model = str(base / "models" / f"model_{name}.pth")
-        done = program(
-            "predict_main.py", "--model_path", model, "--img_path", str(picture), "--json", "--device", "cpu"
-        )
-        predicted = json.loads(done.stdout)
-        predicted.pop("path")
         assert len(served) == 1  # top-1 by default
         assert served == pytest.approx(predicted, abs=1e-5)
 
