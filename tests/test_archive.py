@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from handlers import image_classifier
 from marten import archive as archiving
 from marten.answer_check import answer_distance, ask_archive, check_answers, expected_outputs, golden_pictures
 from marten.architectures import known_architectures
@@ -305,11 +306,7 @@ def test_a_configuration_that_torchserve_would_ignore_is_refused(tmp_path: Path,
 
 def test_our_own_configuration_is_read_by_torchserve() -> None:
     check_config(MODEL_CONFIG)
-    assert yaml.safe_load(MODEL_CONFIG.read_text(encoding="utf-8"))["handler"] == {
-        "precision": "fp32",
-        "engine": "auto",
-        "threads": "auto",
-    }
+    assert yaml.safe_load(MODEL_CONFIG.read_text(encoding="utf-8"))["handler"] == image_classifier.SETTINGS
 
 
 def test_the_fast_configuration_differs_in_its_precision_alone() -> None:
