@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from marten.errors import DataError, MartenError
+from marten.files import ROOT
 from marten.predict import Prediction, caption_files, captioned, save_captioned, show_captioned
 from marten.wording import expand_paths
 from tests.pictures import draw, encode, odd_pictures
@@ -70,6 +74,17 @@ def test_words_name_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for word in ("nowhere", "empty", "e*y", "*.gif"):
         with pytest.raises(DataError, match="no picture"):
             expand_paths([word])
+
+
+def test_the_program_tells_the_answer_and_nothing_else(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    # Pillow's warnings came between, with the paths of its own files
+    for name, data in odd_pictures().items():
+        (tmp_path / f"{name}.jpg").write_bytes(data)
+    words = ["--model_path", str(tiny_model()), "--img_path", str(tmp_path), "--device", "cpu"]
+    program = [sys.executable, str(ROOT / "predict_main.py"), *words]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == len(odd_pictures())
 
 
 def test_a_saved_picture_opens(tmp_path: Path) -> None:
