@@ -295,6 +295,7 @@ class ModelSpec:
         task: "classification", "regression" or "embedding".
         labels: class names by index; empty unless classification.
         topk: how many labels an answer holds.
+        score_offset, score_scale: a regression's answer is its output times the scale, plus the offset.
         temperature: logits are divided by it before the softmax (calibration; 1 changes nothing).
         mirror: average the logits of the picture and of its mirror image.
     """
@@ -307,6 +308,8 @@ class ModelSpec:
     topk: int = 1
     temperature: float = 1.0
     mirror: bool = False
+    score_offset: float = 0.0
+    score_scale: float = 1.0
     version: str = "1.0"
     preprocess: Preprocess = dataclasses.field(default_factory=Preprocess)
 
@@ -346,7 +349,7 @@ class ModelSpec:
             regression; {"embedding": [...]} for embedding.
         """
         if self.task == "regression":
-            return [{"score": float(row[0])} for row in logits_NK.float().cpu()]
+            return [{"score": float(row[0]) * self.score_scale + self.score_offset} for row in logits_NK.float().cpu()]
         if self.task == "embedding":
             return [{"embedding": row.tolist()} for row in logits_NK.float().cpu()]
         probs_NK = self.probabilities(logits_NK).cpu()

@@ -5,7 +5,8 @@
     python train_main.py --conv_net efficientnet_lite0 --data_dir data --freeze 2 --lr 1e-3 1e-4 --epochs 6
     python train_main.py --conv_net vgg --weights vgg19_bn.pth --dropout 0.5 --epochs 3
 
-Pictures lie flat (cat.0.jpg, dog.0.jpg), in one folder per class, or are listed in a .csv with path and label.
+Pictures lie flat (cat.0.jpg, dog.0.jpg), in one folder per class, or are listed in a .csv with path and label; one
+with path and score trains a regression, whose answer is a number.
 The best state dict goes to --model_path, its card beside it as .json, and metrics.jsonl, curves.png and split.csv
 into the .run folder beside both. A stopped run (SIGTERM, SIGUSR1, Ctrl-C, --max_runtime) exits 85 and is resumed,
 exactly, by the same command.
@@ -98,6 +99,8 @@ def build_parser() -> Parser:
         metavar="F",
         help="what learns only in its head: none, backbone, or N, the backbone in the first N epochs",
     )
+    how("--loss", default="auto", metavar="L", help="of scores: mse (auto) or huber; of classes: cross-entropy (auto)")
+    how("--score_range", type=float, nargs=2, default=[], metavar=("LOW", "HIGH"), help="answer scores on this scale")
     how("--ema", type=float, default=0.0, metavar="DECAY", help="validate and keep a running average of the weights")
     how("--early_stop", type=int, default=0, metavar="N", help="stop after N epochs without a better validation loss")
 

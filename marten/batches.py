@@ -16,7 +16,7 @@ from marten.streams import stream
 from modelspec import Preprocess, to_pixels
 
 _Place = tuple[int, int]
-_Item = tuple[torch.Tensor, int] | str
+_Item = tuple[torch.Tensor, int | float] | str
 
 
 def augmentation(name: str, preprocess: Preprocess) -> Any:
@@ -65,15 +65,16 @@ class Pictures(Dataset[_Item]):
     def __getitem__(self, place: _Place) -> _Item:
         epoch, index = place
         sample = self.samples[index]
+        target = sample.label if sample.score is None else sample.score
         try:
             picture = self.preprocess.read(sample.path)
         except PictureError as error:
             return f"{sample.path} could be read before training began, now it cannot: {error}"
         if self._plain:
-            return to_pixels(self._augment(picture)), sample.label
+            return to_pixels(self._augment(picture)), target
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream(self.seed, "augment", epoch, index))
-            return to_pixels(self._augment(picture)), sample.label
+            return to_pixels(self._augment(picture)), target
 
 
 class Batches:

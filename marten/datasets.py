@@ -38,12 +38,14 @@ class Sample:
         path: where it lies.
         label: index into the data set's labels.
         key: sha256 of its content; empty until inspected.
+        score: what a regression is to answer; None for a classifier's.
     """
 
     id: str
     path: Path
     label: int
     key: str = ""
+    score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ class PictureSet:
     @property
     def digest(self) -> str:
         """Hex sha256 over id, label and content of every sample; the same wherever the set lies."""
-        lines = (f"{s.id}\t{self.labels[s.label]}\t{s.key}\n" for s in self.samples)
+        targets = (self.labels[s.label] if s.score is None else repr(s.score) for s in self.samples)
+        lines = (f"{s.id}\t{target}\t{s.key}\n" for s, target in zip(self.samples, targets, strict=True))
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def counts(self, samples: Iterable[Sample] | None = None) -> dict[str, int]:

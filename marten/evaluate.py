@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from marten.batches import Batches, Pictures
 from marten.datasets import PictureSet, Sample, find_pictures, inspect, split
 from marten.errors import DataError, UsageError
 from marten.files import replacing, write_text
-from marten.scores import Floats, Ints, classification_scores, fit_temperature
+from marten.scores import Floats, Ints, classification_scores, fit_temperature, regression_scores
+from marten.scoretable import Scale, find_scores
 from modelspec import ModelCard, ModelSpec
 
 PARTS = ("auto", "all", "train", "validation")
@@ -72,12 +73,14 @@ def pictures_to_ask(
     """
     if part not in PARTS:
         raise UsageError(f"--part must be one of {', '.join(PARTS)}, found {part!r}")
-    pictures = inspect(find_pictures(data_dir, card.spec.labels), card.spec.preprocess, progress=progress)
+    is_score = card.spec.task == "regression"
+    found = find_scores(data_dir) if is_score else find_pictures(data_dir, card.spec.labels)
+    pictures = inspect(found, card.spec.preprocess, progress=progress)
     own = pictures.digest == card.data.get("digest")
     if part == "auto":
         part = "validation" if own and card.training.get("validation_split") else "all"
     if part == "all":
-        return pictures, part
+        return _scaled(pictures, card), part
     if not own:
         raise UsageError(
             f"--part {part}: {data_dir} is not the set that the model was trained on (its digest differs): use all"
@@ -86,7 +89,13 @@ def pictures_to_ask(
     chosen = parts[part == "validation"]
     if not chosen:
         raise DataError(f"the model was trained with --validation_split 0: there is no {part} part")
-    return replace(pictures, samples=tuple(chosen)), part
+    return _scaled(replace(pictures, samples=tuple(chosen)), card), part
+
+
+def _scaled(pictures: PictureSet, card: ModelCard) -> PictureSet:
+    """The set with its scores on the scale of the model's answers, where training chose another than the table's."""
+    scale = card.data.get("scale")
+    return replace(pictures, samples=tuple(Scale(**scale).apply(pictures.samples))) if scale else pictures
 
 
 @torch.inference_mode()
@@ -122,7 +131,9 @@ def ask(
 
 
 def evaluate(spec: ModelSpec, pictures: PictureSet, part: str, logits_NK: Floats) -> Evaluation:
-    """Judge outputs by the card's labels and temperature."""
+    """Judge outputs by the card's labels and temperature, or its scale of scores."""
+    if spec.task == "regression":
+        return Evaluation(pictures, part, logits_NK, regression_scores(*_truth_and_answers(spec, pictures, logits_NK)))
     labels_N = np.array([s.label for s in pictures.samples], dtype=np.int64)
     return Evaluation(
         pictures, part, logits_NK, classification_scores(labels_N, _probabilities(spec, logits_NK), spec.labels)
@@ -136,6 +147,8 @@ def calibrated(card: ModelCard, evaluation: Evaluation) -> ModelCard:
         UsageError: the pictures are those the model was trained on, or too few of its answers are wrong to tell.
     """
     seen = evaluation.part == "all" and evaluation.pictures.digest == card.data.get("digest")
+    if card.spec.task != "classification":
+        raise UsageError("--calibrate is for classifiers: a score has no probability")
     if evaluation.part == "train" or seen:
         raise UsageError("--calibrate needs pictures that the model was not trained on: use --part validation")
     accuracy = evaluation.scores["accuracy"]
@@ -159,16 +172,9 @@ def write_evaluation(folder: Path, card: ModelCard, evaluation: Evaluation) -> N
         MartenError: the folder cannot be written.
     """
     spec, pictures = card.spec, evaluation.pictures
-    probs_NK = _probabilities(spec, evaluation.logits_NK)
     rows = io.StringIO()
     writer = csv.writer(rows, lineterminator="\n")
-    writer.writerow(("path", "label", "answer", "correct", "confidence", *(f"p_{name}" for name in spec.labels)))
-    for sample, row_k in zip(pictures.samples, probs_NK, strict=True):
-        answer = int(row_k.argmax())
-        numbers = [f"{p:.8g}" for p in (row_k[answer], *row_k)]
-        writer.writerow(
-            (sample.id, spec.labels[sample.label], spec.labels[answer], int(answer == sample.label), *numbers)
-        )
+    writer.writerows(_score_rows(spec, evaluation) if spec.task == "regression" else _class_rows(spec, evaluation))
     write_text(folder / "predictions.csv", rows.getvalue())
     told = {
         "model": spec.name,
@@ -187,6 +193,22 @@ def write_evaluation(folder: Path, card: ModelCard, evaluation: Evaluation) -> N
     write_text(folder / "evaluation.json", json.dumps(told, indent=1) + "\n")
 
 
+def _class_rows(spec: ModelSpec, evaluation: Evaluation) -> Iterator[tuple[object, ...]]:
+    yield ("path", "label", "answer", "correct", "confidence", *(f"p_{name}" for name in spec.labels))
+    probs_NK = _probabilities(spec, evaluation.logits_NK)
+    for sample, row_k in zip(evaluation.pictures.samples, probs_NK, strict=True):
+        answer = int(row_k.argmax())
+        numbers = [f"{p:.8g}" for p in (row_k[answer], *row_k)]
+        yield (sample.id, spec.labels[sample.label], spec.labels[answer], int(answer == sample.label), *numbers)
+
+
+def _score_rows(spec: ModelSpec, evaluation: Evaluation) -> Iterator[tuple[object, ...]]:
+    yield ("path", "score", "answer", "error")
+    truth_N, answers_N = _truth_and_answers(spec, evaluation.pictures, evaluation.logits_NK)
+    for sample, truth, answer in zip(evaluation.pictures.samples, truth_N, answers_N, strict=True):
+        yield (sample.id, *(f"{number:.8g}" for number in (truth, answer, answer - truth)))
+
+
 def write_mistakes(
     folder: Path, network: torch.nn.Module, spec: ModelSpec, evaluation: Evaluation, most: int
 ) -> list[dict[str, Any]]:
@@ -200,21 +222,26 @@ def write_mistakes(
         most: how many at most.
 
     Returns:
-        Of each, worst first: path, label, answer, confidence, picture, cam.
+        Of each, worst first (most confident, or farthest off): path, label, answer, confidence, picture, cam.
 
     Raises:
         MartenError: the folder cannot be written.
     """
-    probs_NK = _probabilities(spec, evaluation.logits_NK)
-    answers_N, confidence_N = probs_NK.argmax(1), probs_NK.max(1)
-    wrong = np.flatnonzero(answers_N != evaluation.labels_N)
-    worst = wrong[np.argsort(-confidence_N[wrong], kind="stable")][:most]
+    is_score = spec.task == "regression"
+    if is_score:
+        truth_N, answers_N = _truth_and_answers(spec, evaluation.pictures, evaluation.logits_NK)
+        worst = np.argsort(-np.abs(answers_N - truth_N), kind="stable")[:most]
+    else:
+        probs_NK = _probabilities(spec, evaluation.logits_NK)
+        answers_N, confidence_N = probs_NK.argmax(1).astype(np.float64), probs_NK.max(1)
+        wrong = np.flatnonzero(answers_N != evaluation.labels_N)
+        worst = wrong[np.argsort(-confidence_N[wrong], kind="stable")][:most]
     told = []
     for number, place in enumerate(worst, 1):
-        sample, answer = evaluation.pictures.samples[place], int(answers_N[place])
+        sample, answer = evaluation.pictures.samples[place], answers_N[place]
         picture = spec.preprocess.read(sample.path)
         pixels_HWC = spec.preprocess.pixels(picture)
-        seen = overlay(pixels_HWC, heat_map(network, spec, pixels_HWC, answer)[0])
+        seen = overlay(pixels_HWC, heat_map(network, spec, pixels_HWC, 0 if is_score else int(answer))[0])
         picture.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
         seen.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
         files = (f"mistakes/{number}.jpg", f"mistakes/{number}-cam.jpg")
@@ -224,15 +251,21 @@ def write_mistakes(
         told.append(
             {
                 "path": sample.id,
-                "label": spec.labels[sample.label],
-                "answer": spec.labels[answer],
-                "confidence": float(confidence_N[place]),
+                "label": f"{sample.score:.2f}" if is_score else spec.labels[sample.label],
+                "answer": f"{answer:.2f}" if is_score else spec.labels[int(answer)],
+                "confidence": None if is_score else float(confidence_N[place]),
                 "picture": files[0],
                 "cam": files[1],
             }
         )
     write_text(folder / "mistakes.json", json.dumps(told, indent=1) + "\n")
     return told
+
+
+def _truth_and_answers(spec: ModelSpec, pictures: PictureSet, logits_NK: Floats) -> tuple[Floats, Floats]:
+    truth_N = np.array([s.score for s in pictures.samples], dtype=np.float64)
+    answers_N = [answer["score"] for answer in spec.answers(torch.from_numpy(logits_NK))]
+    return truth_N, np.array(answers_N, dtype=np.float64)
 
 
 def _probabilities(spec: ModelSpec, logits_NK: Floats) -> Floats:

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from marten.architectures import Architecture, build_network
 from marten.devices import Runtime
 from marten.metrics import Running
+from marten.objectives import objective_of
 from marten.schedules import learning_rate_factor
 from marten.settings import Settings
 from marten.streams import stream
@@ -68,7 +69,7 @@ class Learner:
         if settings.ema:
             average = get_ema_multi_avg_fn(settings.ema)  # type: ignore[no-untyped-call]
             self._average = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
-        self._loss = nn.CrossEntropyLoss(reduction="none", label_smoothing=settings.label_smoothing)
+        self._objective = objective_of(spec, settings.label_smoothing, settings.loss)
 
     @property
     def candidate(self) -> nn.Module:
@@ -112,14 +113,14 @@ class Learner:
         labels_N = labels_N.to(device, non_blocking=True)
         with self._runtime.autocast():
             logits_NK = self.network(images_NCHW)
-        losses_N = self._loss(logits_NK.float(), labels_N)
+        losses_N = self._objective.losses(logits_NK, labels_N, training=True)
         self._optimizer.zero_grad()
-        self._scaler.scale(losses_N.mean()).backward()
+        self._scaler.scale(losses_N.mean()).backward()  # type: ignore[no-untyped-call]
         self._scaler.step(self._optimizer)
         self._scaler.update()
         if self._average is not None:
             self._average.update_parameters(self.network)
-        seen.add(losses_N, logits_NK.argmax(1) == labels_N)
+        seen.add(losses_N, self._objective.worth(logits_NK, labels_N))
 
     @torch.inference_mode()
     def judge(
@@ -142,8 +143,8 @@ class Learner:
             labels_N = labels_N.to(runtime.device)
             with runtime.autocast():
                 logits_NK = self._spec.logits(network, images_NCHW)
-            losses_N = nn.functional.cross_entropy(logits_NK, labels_N, reduction="none")
-            seen.add(losses_N, logits_NK.argmax(1) == labels_N)
+            losses_N = self._objective.losses(logits_NK, labels_N, training=False)
+            seen.add(losses_N, self._objective.worth(logits_NK, labels_N))
         return seen
 
     def state(self) -> dict[str, Any]:

@@ -23,7 +23,8 @@ def plot_curves(history: Sequence[Mapping[str, Any]], path: Path, title: str) ->
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     epochs = [row["epoch"] for row in history]
-    for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+    measure = "accuracy" if "train_accuracy" in history[0] else "mae"
+    for axes, name in zip(figure.subplots(1, 2), ("loss", measure), strict=True):
         axes.plot(epochs, [row[f"train_{name}"] for row in history], color=_TRAIN, marker=".", label="training")
         if f"validation_{name}" in history[0]:
             values = [row[f"validation_{name}"] for row in history]

@@ -12,6 +12,7 @@ from marten.datasets import PictureSet, find_pictures, inspect
 from marten.files import write_text
 from marten.plots import plot_curves
 from marten.progress import Bar, say
+from marten.scoretable import find_scores, has_scores
 from modelspec import Preprocess
 
 
@@ -46,7 +47,7 @@ def look_at(root: Path, preprocess: Preprocess, on_bad: str) -> PictureSet:
     Raises:
         DataError: nothing that can be trained on, or something was rejected and `on_bad` is "refuse".
     """
-    pictures = find_pictures(root)
+    pictures = find_scores(root) if has_scores(root) else find_pictures(root)
     with Bar("Checking pictures", len(pictures.samples)) as bar:
         pictures = inspect(pictures, preprocess, on_bad, lambda done, _: bar.step(done))
     if pictures.rejected:
@@ -88,12 +89,14 @@ def _epoch_of(line: str) -> float:
 
 def epoch_line(measured: Mapping[str, Any], epochs: int, pace: Pace) -> str:
     """One epoch in one line, for a person who looks at a log."""
+    name, word = ("accuracy", "Acc") if "train_accuracy" in measured else ("mae", "MAE")
     parts = [
         f"Epoch {measured['epoch']}/{epochs}",
-        f"Loss/train {measured['train_loss']:.4f}  Acc/train {measured['train_accuracy']:.4f}",
+        f"Loss/train {measured['train_loss']:.4f}  {word}/train {measured[f'train_{name}']:.4f}",
     ]
     if "validation_loss" in measured:
-        parts.append(f"Loss/valid {measured['validation_loss']:.4f}  Acc/valid {measured['validation_accuracy']:.4f}")
+        told = f"{word}/valid {measured[f'validation_{name}']:.4f}"
+        parts.append(f"Loss/valid {measured['validation_loss']:.4f}  {told}")
     if pace.count:
         told = f"{pace.images_per_s:.1f} images/s, {100 * pace.wait_share:.0f} % waiting for data"
         parts.append(f"{pace.seconds:.1f} s, {told}")

@@ -15,6 +15,7 @@ from marten.schedules import SCHEDULES
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 AUGMENTATIONS = ("none", "flip", "standard", "strong")
+LOSSES = ("auto", "mse", "huber")
 _WITHOUT_EFFECT_ON_RESULT = (
     "model_path",
     "data_dir",
@@ -54,6 +55,8 @@ class Settings:
     freeze: str = "none"
     augment: str = "standard"
     schedule: str = "cosine"
+    loss: str = "auto"
+    score_range: tuple[float, ...] = ()
     label_smoothing: float = 0.0
     ema: float = 0.0
     early_stop: int = 0
@@ -79,6 +82,9 @@ class Settings:
             f"--freeze must be none, backbone or a number of epochs, found {self.freeze!r}": (
                 self.freeze in ("none", "backbone") or self.freeze.isdecimal()
             ),
+            f"--score_range takes two rising numbers, found {self.score_range}": (
+                not self.score_range or (len(self.score_range) == 2 and self.score_range[0] < self.score_range[1])
+            ),
             "--self_checkpoint needs --checkpoint_every": bool(self.checkpoint_every) or not self.self_checkpoint,
             f"--checkpoint_every must be at least 1 epoch, found {self.checkpoint_every}": (
                 not self.checkpoint_every.isdecimal() or int(self.checkpoint_every) > 0
@@ -93,6 +99,7 @@ class Settings:
             ("augment", AUGMENTATIONS),
             ("schedule", SCHEDULES),
             ("on_bad", ("skip", "refuse")),
+            ("loss", LOSSES),
         ):
             found = getattr(self, name)
             checks[f"--{name} must be one of {', '.join(known)}, found {found!r}"] = found in known

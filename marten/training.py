@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,18 @@ import torch
 from marten.architectures import Architecture, find_architecture
 from marten.batches import Batches, Pictures
 from marten.checkpoint import load_checkpoint, save_checkpoint
-from marten.datasets import split, split_table
+from marten.datasets import PictureSet, Sample, split, split_table
 from marten.devices import Runtime, choose_runtime
 from marten.errors import CHECKPOINTED, DONE, DataError, TrainingError, UsageError
 from marten.files import available_cpus, write_text
 from marten.interrupt import Interrupt
 from marten.learner import Learner
-from marten.metrics import Running, share_with_interval
+from marten.metrics import Running, share_with_interval, wilson_interval
+from marten.objectives import MEASURES
 from marten.progress import Bar, say
 from marten.provenance import provenance
 from marten.runlog import Pace, epoch_line, look_at, write_metrics
+from marten.scoretable import LAYOUT, fit_scale, standard_of
 from marten.settings import Settings
 from marten.weights import save_model
 from modelspec import ModelCard, ModelSpec
@@ -78,8 +82,12 @@ class Run:
         self.runtime = choose_runtime(settings.device, precision)
         self.pictures = look_at(Path(settings.data_dir), self.architecture.preprocess, settings.on_bad)
         self.training, self.validation = split(self.pictures.samples, settings.validation_split, settings.seed)
+        self._scale = fit_scale(self.training, settings.score_range) if self.pictures.layout == LAYOUT else None
+        if self._scale:
+            self.training, self.validation = self._scale.apply(self.training), self._scale.apply(self.validation)
         self._split_table = split_table(self.pictures.labels, self.training, self.validation)
-        self.spec = _spec(settings, self.architecture, self.pictures.labels)
+        self.spec = _spec(settings, self.architecture, self.pictures, self.training)
+        self._measure = MEASURES[self.spec.task]
         self.learner = Learner(settings, self.architecture, self.spec, self.runtime, before.get("origin"))
         workers = settings.num_workers if settings.num_workers >= 0 else min(8, available_cpus())
         pre = self.spec.preprocess
@@ -137,7 +145,9 @@ class Run:
                 self.learner.learn(pixels_NHWC, labels_N, step, last, self.running)
                 self.batch += 1
                 pace.count += len(labels_N)
-                note = f"loss {self.running.loss:.4f}  acc {self.running.accuracy:.4f}" if bar.wants_note() else ""
+                seen, note = self.running, ""
+                if bar.wants_note():  # making one waits for the GPU
+                    note = f"loss {seen.loss:.4f}  {self._measure} {seen.accuracy:.4f}"
                 bar.step(self.batch, note)
                 if interrupt.reason:
                     return False
@@ -159,7 +169,7 @@ class Run:
             "step": (self.epoch + 1) * len(self.batches),
             "lr": self.learner.lr,
             "train_loss": self.running.loss,
-            "train_accuracy": self.running.accuracy,
+            f"train_{self._measure}": self.running.accuracy,
             "train_count": self.running.count,
         }
         if self.validation:
@@ -170,7 +180,7 @@ class Run:
                 return False
             measured |= {
                 "validation_loss": held_out.loss,
-                "validation_accuracy": held_out.accuracy,
+                f"validation_{self._measure}": held_out.accuracy,
                 "validation_count": held_out.count,
             }
         judged = measured.get("validation_loss", measured["train_loss"])
@@ -199,8 +209,10 @@ class Run:
     def _save_best(self, measured: dict[str, Any]) -> None:
         metrics: dict[str, Any] = {}
         if self.validation:
-            hits = round(measured["validation_accuracy"] * measured["validation_count"])
-            metrics["validation_accuracy"] = share_with_interval(hits, measured["validation_count"])
+            value, count = measured[f"validation_{self._measure}"], measured["validation_count"]
+            is_share = self._measure == "accuracy"
+            told = share_with_interval(round(value * count), count) if is_share else {"value": value, "count": count}
+            metrics[f"validation_{self._measure}"] = told
             metrics["validation_loss"] = {"value": measured["validation_loss"], "count": measured["validation_count"]}
         save_model(self.settings.weights_path, self.best["state"], self._card(metrics))
 
@@ -213,11 +225,14 @@ class Run:
             served = self.learner.judge(network, self.held_out.epoch(self.epoch), exact)
             assert served is not None  # nothing may stop it
             chosen = self.history[self.best["epoch"]]
-            self._save_best(chosen | {"validation_loss": served.loss, "validation_accuracy": served.accuracy})
-            low, high = share_with_interval(round(served.accuracy * served.count), served.count)["interval_95"]  # type: ignore[misc]
+            self._save_best(chosen | {"validation_loss": served.loss, f"validation_{self._measure}": served.accuracy})
+            interval = ""
+            if self._measure == "accuracy":
+                low, high = wilson_interval(round(served.accuracy * served.count), served.count)
+                interval = f" [{low:.4f}, {high:.4f}]"
             say(
-                f"Best epoch {self.best['epoch'] + 1}: validation accuracy {served.accuracy:.4f}"
-                f" [{low:.4f}, {high:.4f}] on {served.count} pictures, loss {served.loss:.4f}"
+                f"Best epoch {self.best['epoch'] + 1}: validation {self._measure} {served.accuracy:.4f}{interval}"
+                f" on {served.count} pictures, loss {served.loss:.4f}"
             )
         for name in ("checkpoint.pt", "checkpoint.prev.pt"):
             (self.settings.run_folder / name).unlink(missing_ok=True)
@@ -327,6 +342,7 @@ class Run:
                 "train": self.pictures.counts(self.training),
                 "validation": self.pictures.counts(self.validation),
                 "rejected": len(self.pictures.rejected),
+                **({"scale": asdict(self._scale)} if self._scale else {}),
             },
             training={**settings.shaping(), "started_from": self.learner.origin, "best_epoch": self.best["epoch"] + 1},
             metrics=metrics,
@@ -334,12 +350,22 @@ class Run:
         )
 
 
-def _spec(settings: Settings, architecture: Architecture, labels: tuple[str, ...]) -> ModelSpec:
-    arch_args = {**architecture.arch_args, "num_classes": len(labels), "dropout": settings.dropout}
+def _spec(
+    settings: Settings, architecture: Architecture, pictures: PictureSet, training: Sequence[Sample]
+) -> ModelSpec:
+    is_score = pictures.layout == LAYOUT
+    if not is_score and (settings.loss != "auto" or settings.score_range):
+        raise UsageError(f"--loss and --score_range are for a table of scores, and {pictures.root} holds classes")
+    offset, scale = standard_of(training) if is_score else (0.0, 1.0)
+    outputs = 1 if is_score else len(pictures.labels)
+    arch_args = {**architecture.arch_args, "num_classes": outputs, "dropout": settings.dropout}
     return ModelSpec(
         name=settings.conv_net,
         arch=architecture.arch,
-        labels=labels,
+        task="regression" if is_score else "classification",
+        labels=() if is_score else pictures.labels,
+        score_offset=offset,
+        score_scale=scale,
         arch_args=arch_args,
         preprocess=architecture.preprocess,
     )
