@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from marten.cells.errors import CellsError
+from marten.cells.feature_files import npz_path
 from marten.cells.index import PLATE, SITE, WELL, Site, read_index
-from marten.cells.profiling import npz_path
 from marten.cells.project import Project
 from marten.cells.tables import Table, constant_metadata, feature_columns, write_profiles
 

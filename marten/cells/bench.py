@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from marten.cells.errors import CellsError
+from marten.cells.feature_files import npz_path
 from marten.cells.index import read_index
-from marten.cells.profiling import npz_path
 from marten.cells.project import Project
 from marten.files import ROOT
 

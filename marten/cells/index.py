@@ -110,13 +110,16 @@ def read_index(project: Project, part: int | None = None, raw_images: bool = Fal
     channels, target = project.config.channels, project.config.target
     _check_columns(whole, header, (*_KEYS, *channels, target))
     classes = tuple(sorted({row[target] for row in rows}))
+    columns = {name: [row[name] for row in rows] for name in header}
     path = whole if part is None else part_path(project, part)
     if part is not None:
         part_header, rows = _read_table(path, may_be_empty=True)
         _check_columns(path, part_header, header)
     _check_rows(path, rows, (*_KEYS, *channels, target))
     outlines = _read_outlines(project) if project.config.uses_outlines else {}
-    typed = _typed(header, rows)
+    # kinds are those of the whole table: the tables of all parts must fit together
+    kinds = {name: _kind(values) for name, values in columns.items()}
+    typed = [{name: kinds[name](row[name]) for name in header} for row in rows]
     sites = []
     for row, types in zip(rows, typed, strict=True):
         plate, well, number = (row[name] for name in _KEYS)
@@ -235,13 +238,8 @@ def _read_outlines(project: Project) -> dict[tuple[str, str, str], Path]:
     return {(row[PLATE], row[WELL], row[SITE]): project.outlines / row["Outlines"] for row in rows}
 
 
-def _typed(header: Sequence[str], rows: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
-    """Give whole columns of numbers as numbers, but "007", "NA" and mixed columns stay text."""
-    kinds = {name: _kind([row[name] for row in rows]) for name in header}
-    return [{name: kinds[name](row[name]) for name in header} for row in rows]
-
-
 def _kind(values: Sequence[str]) -> Any:
+    """What a whole column is: int or float, but "007", "NA" and mixed columns stay text."""
     for kind in (int, float):
         try:
             numbers = [kind(value) for value in values]

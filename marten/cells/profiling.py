@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,13 +24,23 @@ from marten.cells.config import Config
 from marten.cells.crops import Crops, label_regions, normalise, take_crops, take_masks
 from marten.cells.errors import CellsError
 from marten.cells.export import read_outline
+from marten.cells.feature_files import (
+    about_features,
+    claim,
+    is_done,
+    npz_path,
+    site_metadata,
+    table_path,
+    write_npz,
+    write_parquet,
+)
 from marten.cells.images import read_channels
 from marten.cells.index import Site, read_index
-from marten.cells.locations import Centres, X, Y, as_stored, read_locations, site_centres, view_px
+from marten.cells.locations import Centres, read_locations, site_centres, view_px
 from marten.cells.networks import Profiler, fuse, layer_output, repeat_channels, to_numpy
 from marten.cells.parallel import ordered_map, usable_cpus
 from marten.cells.project import Project
-from marten.files import replacing, write_text
+from marten.files import write_text
 
 if TYPE_CHECKING:
     from marten.devices import Runtime
@@ -121,14 +129,14 @@ def profile_cells(
     size = batch_size or int(project.config["profile.batch_size"])
     if runtime.device.type == "cpu":
         size = min(size, CPU_BATCH)
-    about = _about(project.config, profiler, runtime, geometry, size)
-    _claim(project.features / ABOUT, about, overwrite)
+    about = about_features(project.config, profiler, runtime, geometry, size)
+    claim(project.features / ABOUT, about, overwrite)
     groups = [index.sites[start : start + GROUP] for start in range(0, len(index.sites), GROUP)]
-    tables = [_table_path(project, part, number) for number in range(len(groups))]
+    tables = [table_path(project, part, number) for number in range(len(groups))]
     report = ProfileReport()
     todo = []
     for number, sites in enumerate(groups):
-        if not overwrite and _is_done(project, sites, tables[number], store):
+        if not overwrite and is_done(project, sites, tables[number], store):
             report.present += len(sites)
         else:
             todo.append(number)
@@ -246,98 +254,6 @@ def _run(profiler: Profiler, runtime: Runtime, batch: Crops) -> NDArray[np.float
     return np.asarray(to_numpy(found).reshape(cells, -1))
 
 
-# ----------------------------------------------------------------------------------------------------- what is done
-
-
-def _about(config: Config, profiler: Profiler, runtime: Runtime, geometry: str, batch_size: int) -> dict[str, Any]:
-    """What the features depend on."""
-    keys = ["dataset.images.channels", "dataset.locations.mode", "dataset.locations.box_size"]
-    keys += ["dataset.locations.view_size", "dataset.locations.mask_objects", "prepare.compression.implement"]
-    return {
-        "weights": profiler.origin,
-        "layer": profiler.layer,
-        "model": profiler.name,
-        "labels": list(profiler.labels),
-        "imagenet_size_px": profiler.size_px if profiler.repeats else None,
-        "device": runtime.device.type,
-        "precision": runtime.precision,
-        "geometry": geometry,
-        "batch_size": batch_size,
-        **{key: config[key] for key in keys},
-    }
-
-
-def _claim(path: Path, about: dict[str, Any], overwrite: bool) -> None:
-    """Refuse to mix features of different networks or settings in one folder."""
-    if path.is_file() and not overwrite:
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CellsError(f"{path} is damaged: profile again with --overwrite") from error
-        changed = [
-            f"{key} was {before.get(key)!r}, is {about[key]!r}" for key in about if before.get(key) != about[key]
-        ]
-        if changed:
-            raise CellsError(
-                f"{path.parent} holds other features: {'; '.join(changed)}. Add --overwrite, or another --exp"
-            )
-        return
-    write_text(path, json.dumps(about, indent=2) + "\n")
-
-
-def _is_done(project: Project, sites: list[Site], table: Path, store: str) -> bool:
-    """Whether every file of a group is there and whole; a truncated file is not done."""
-    wants_npz = store in ("both", "npz")
-    if store in ("both", "parquet") and not _is_whole_parquet(table):
-        return False
-    if store == "npz" and not table.with_suffix(".done").is_file():
-        return False
-    if not wants_npz:
-        return True
-    for site in sites:
-        if project.config["dataset.locations.mode"] == "single_cells":
-            try:
-                centres = read_locations(site.locations)
-            except CellsError:
-                return False
-            if centres is None or not len(centres):
-                continue
-        if not _is_whole_npz(npz_path(project, site)):
-            return False
-    return True
-
-
-def _is_whole_parquet(path: Path) -> bool:
-    import pyarrow.parquet as parquet
-
-    try:
-        parquet.ParquetFile(path)
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def _is_whole_npz(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as file:
-            return file.testzip() is None and "features.npy" in file.namelist()
-    except (OSError, zipfile.BadZipFile):
-        return False
-
-
-def npz_path(project: Project, site: Site) -> Path:
-    """Where the features of a site go: features/{Plate}/{Well}/{Site}.npz."""
-    return project.features / site.plate / site.well / f"{site.site}.npz"
-
-
-def _table_path(project: Project, part: int | None, number: int) -> Path:
-    whose = "" if part is None else f"part{part:03d}-"
-    return project.features / "cells" / f"cells-{whose}{number:05d}.parquet"
-
-
-# ----------------------------------------------------------------------------------------------------------- files
-
-
 def _write_group(
     project: Project,
     profiler: Profiler,
@@ -347,10 +263,11 @@ def _write_group(
     store: str,
     report: ProfileReport,
 ) -> None:
+    """Write what a group gave, its table or its note last: that is what makes it finished."""
     parts = list(batches)
     features = np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
     start = 0
-    rows: list[tuple[_Cut, NDArray[np.float32]]] = []
+    rows: list[tuple[Site, Centres, NDArray[np.float32]]] = []
     failed = False
     for cut in cuts:
         if cut.problem:
@@ -363,63 +280,15 @@ def _write_group(
             continue
         mine = features[start : start + count]
         start += count
-        rows.append((cut, mine))
+        rows.append((cut.site, cut.centres, mine))
         if store in ("both", "npz"):
-            _write_npz(npz_path(project, cut.site), _metadata(project, cut.site, profiler), cut.centres, mine)
+            write_npz(npz_path(project, cut.site), site_metadata(project, cut.site, profiler), cut.centres, mine)
         report.sites += 1
         report.cells += count
     if failed:
         table.unlink(missing_ok=True)
-    if store == "npz":
-        if not failed:
-            write_text(table.with_suffix(".done"), "")
-    elif not failed:
-        _write_parquet(table, rows, profiler, project)
-
-
-def _metadata(project: Project, site: Site, profiler: Profiler) -> dict[str, Any]:
-    """The row of the index as DeepProfiler stores it: names of the images that were read, and the model."""
-    row = dict(site.row)
-    if project.config["prepare.compression.implement"]:
-        for channel, path in zip(project.config.channels, site.images, strict=True):
-            row[channel] = str(path.relative_to(project.compressed_images))
-    return {**row, "Metadata_Model": profiler.name}
-
-
-def _write_npz(path: Path, metadata: dict[str, Any], centres: Centres, features: NDArray[np.float32]) -> None:
-    with replacing(path) as neighbour, open(neighbour, "wb") as file:
-        boxed = np.array(metadata, dtype=object)
-        np.savez_compressed(file, features=features, metadata=boxed, locations=as_stored(centres))
-
-
-def _write_parquet(
-    path: Path, rows: list[tuple[_Cut, NDArray[np.float32]]], profiler: Profiler, project: Project
-) -> None:
-    """Write the cells of a group: Metadata_* columns, then one column per feature. No programs inside, unlike .npz."""
-    import pyarrow as arrow
-    import pyarrow.parquet as parquet
-
-    columns: dict[str, Any] = {}
-    metadata = [_metadata(project, cut.site, profiler) for cut, _ in rows]
-    counts = [len(values) for _, values in rows]
-    for name in metadata[0] if metadata else ():
-        title = name if name.startswith("Metadata_") else f"Metadata_{name}"
-        values = [row[name] for row in metadata]
-        columns[title] = arrow.array([v for v, count in zip(values, counts, strict=True) for _ in range(count)])
-    if rows:
-        centres = np.concatenate([cut.centres for cut, _ in rows])
-        columns["Metadata_ObjectNumber"] = np.concatenate([np.arange(count) for count in counts])
-        # under Metadata_, so that no step takes a place in the image for a feature
-        columns[f"Metadata_{X}"], columns[f"Metadata_{Y}"] = as_stored(centres).T
-        features = np.concatenate([values for _, values in rows])
-        names = feature_names(profiler, features.shape[1])
-        columns |= {name: np.ascontiguousarray(features[:, i]) for i, name in enumerate(names)}
-    with replacing(path) as neighbour:
-        parquet.write_table(arrow.table(columns), neighbour, compression="zstd")
-
-
-def feature_names(profiler: Profiler, count: int) -> list[str]:
-    """Titles of the feature columns: the model and a number, or the classes when the profile is their probability."""
-    if len(profiler.labels) == count:
-        return [f"{profiler.name}_probability_{label}" for label in profiler.labels]
-    return [f"{profiler.name}_{number}" for number in range(count)]
+        table.with_suffix(".done").unlink(missing_ok=True)
+    elif rows and store != "npz":
+        write_parquet(table, rows, profiler, project)
+    else:  # nothing for a table: a note says that the group is finished
+        write_text(table.with_suffix(".done"), "")

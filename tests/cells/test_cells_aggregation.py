@@ -10,9 +10,9 @@ import pytest
 
 from marten.cells.aggregation import aggregate_cells, combine_rows
 from marten.cells.errors import CellsError
+from marten.cells.feature_files import npz_path, site_metadata, write_npz
 from marten.cells.index import read_index
 from marten.cells.networks import Profiler
-from marten.cells.profiling import _metadata, _write_npz, npz_path
 from marten.cells.tables import feature_columns, read_profiles
 
 
@@ -25,8 +25,8 @@ def profiled(tiny):
     for site in read_index(project).sites:
         cells = int(rng.integers(1, 13))
         values = rng.normal(size=(cells, 7)).astype(np.float32)
-        metadata = _metadata(project, site, profiler)
-        _write_npz(npz_path(project, site), metadata, rng.integers(0, 90, (cells, 2)).astype(float), values)
+        metadata = site_metadata(project, site, profiler)
+        write_npz(npz_path(project, site), metadata, rng.integers(0, 90, (cells, 2)).astype(float), values)
     tiny.config(**{"train.model.name": "efficientnet"})
     return tiny
 

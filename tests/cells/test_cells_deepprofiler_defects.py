@@ -18,12 +18,12 @@ from marten.cells.crop_batches import CropSet
 from marten.cells.crops import take_crops
 from marten.cells.errors import CellsError, ConfigError
 from marten.cells.export import cut_strips, export_cells
+from marten.cells.feature_files import is_whole_npz, npz_path
 from marten.cells.images import read_channels, read_plane, write_png
 from marten.cells.index import compressed_path, read_index, split_index
 from marten.cells.locations import read_locations
 from marten.cells.parallel import AHEAD, ordered_map
 from marten.cells.prepare import prepare_images
-from marten.cells.profiling import _is_whole_npz, npz_path
 from marten.cells.project import open_project
 from marten.cells.recipe import learning_rate
 from marten.cells.store import CropReader
@@ -132,11 +132,11 @@ def test_width_and_height_are_fixed(tiny):
 def test_a_truncated_npz_counts_as_done(tmp_path):
     path = tmp_path / "1.npz"
     np.savez_compressed(path, features=np.random.default_rng(0).random((9, 50)))
-    assert _is_whole_npz(path)
+    assert is_whole_npz(path)
     data = path.read_bytes()
     for cut in (0, 10, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:cut])
-        assert not _is_whole_npz(path)
+        assert not is_whole_npz(path)
 
 
 def test_type_of_x_is_list_is_always_true():

@@ -16,10 +16,11 @@ import torch
 
 from marten.architectures import build_network
 from marten.cells.errors import CellsError
+from marten.cells.feature_files import npz_path
 from marten.cells.index import read_index, split_index
 from marten.cells.keras_weights import keras_classes, keras_state
 from marten.cells.networks import fuse, load_profiler, repeat_channels
-from marten.cells.profiling import npz_path, profile_cells
+from marten.cells.profiling import profile_cells
 from marten.cells.project import open_project
 from marten.devices import choose_runtime
 from marten.files import ROOT

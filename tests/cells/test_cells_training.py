@@ -20,10 +20,11 @@ from marten.cells.config import check_config
 from marten.cells.crop_batches import CropBatches, CropSet
 from marten.cells.errors import CellsError, ConfigError
 from marten.cells.export import export_cells
+from marten.cells.feature_files import npz_path
 from marten.cells.images import read_plane, write_png
 from marten.cells.index import read_index
 from marten.cells.networks import load_profiler, network_args
-from marten.cells.profiling import npz_path, profile_cells
+from marten.cells.profiling import profile_cells
 from marten.cells.recipe import imagenet_state, learning_rate, make_optimizer
 from marten.cells.scores import Scores
 from marten.cells.store import CropReader
