@@ -1,4 +1,4 @@
-"""Features on disk: DeepProfiler's .npz per site, tables in Parquet, and how it is told that they are there and whole."""
+"""Features on disk: DeepProfiler's .npz per site, tables in Parquet, and whether they are there and whole."""
 
 from __future__ import annotations
 
@@ -82,6 +82,7 @@ def is_done(project: Project, sites: list[Site], table: Path, store: str) -> boo
 
 
 def is_whole_parquet(path: Path) -> bool:
+    """Whether a table is there with its end, which is written last."""
     import pyarrow.parquet as parquet
 
     try:
@@ -92,6 +93,7 @@ def is_whole_parquet(path: Path) -> bool:
 
 
 def is_whole_npz(path: Path) -> bool:
+    """Whether a site's file is there and its checksums hold."""
     try:
         with zipfile.ZipFile(path) as file:
             return file.testzip() is None and "features.npy" in file.namelist()
@@ -105,6 +107,7 @@ def npz_path(project: Project, site: Site) -> Path:
 
 
 def table_path(project: Project, part: int | None, number: int) -> Path:
+    """Where the table of a group goes; parts of the index never share one."""
     whose = "" if part is None else f"part{part:03d}-"
     return project.features / "cells" / f"cells-{whose}{number:05d}.parquet"
 
@@ -119,6 +122,7 @@ def site_metadata(project: Project, site: Site, profiler: Profiler) -> dict[str,
 
 
 def write_npz(path: Path, metadata: dict[str, Any], centres: Centres, features: NDArray[np.float32]) -> None:
+    """Write the features of a site as DeepProfiler does, its metadata a pickled dict."""
     with replacing(path) as neighbour, open(neighbour, "wb") as file:
         boxed = np.array(metadata, dtype=object)
         np.savez_compressed(file, features=features, metadata=boxed, locations=as_stored(centres))
