@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from marten.architectures import the_one_class
+from marten.bench import contestants
 from marten.bench.contestants import EXACT, FAST, FITTED, STOCK, make_weights, pack
 from marten.bench.load import draw_photograph, percentile, photographs, put_load
 from marten.bench.report import Row, ratios, rows, table, write_report
@@ -108,6 +109,18 @@ def test_the_contestants_serve_the_same_network(tmp_path: Path, monkeypatch: pyt
     network = the_one_class(importlib.import_module("stock_net"))()  # as TorchServe's own handlers build it
     network.load_state_dict(load_state_dict(weights))
     assert network.eval()(torch.zeros(1, 3, 224, 224)).shape == (1, 5)
+
+
+def test_stock_keeps_the_threads_that_torchserve_gives_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    monkeypatch.setattr(contestants, "available_cores", lambda: 6)
+    monkeypatch.setattr(contestants.server, "start", lambda settings: (started.append(settings), [], False))
+    weights = make_weights("cat_dog_conv_net", tmp_path)
+    for kind in (STOCK, FITTED):
+        contestants.launch(kind, pack(kind, weights, tmp_path), 4)
+    assert [settings.threads == 6 for settings in started] == [True, False]
+    assert [len(settings.models) for settings in started] == [4, 4]
+    assert [settings.workers for settings in started] == [1, None]
 
 
 def record(contestant: str, rate: float, clients: int = 8, what: str = "", **more: Any) -> dict[str, Any]:

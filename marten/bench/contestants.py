@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import socket
 import time
@@ -14,6 +15,7 @@ import torch
 from marten import server
 from marten.architectures import build_network, find_architecture
 from marten.archive import HANDLER, MODEL_CONFIG, plan_archive
+from marten.fitting import available_cores
 from marten.readiness import Address
 from marten.runtime import Running
 from marten.serverconfig import read_settings
@@ -113,6 +115,8 @@ def launch(kind: str, store: Path, copies: int = 1) -> Contestant:
     ports = dict(zip(("inference", "management", "metrics"), free_ports(3), strict=True))
     workers = 1 if kind == STOCK else None
     settings = read_settings([f"{name}={mar.name}" for name in names], store, ports=ports, workers=workers)
+    if kind == STOCK:  # as TorchServe itself has it, however many models there are
+        settings = dataclasses.replace(settings, threads=available_cores())
     begun = time.monotonic()
     running, _, _ = server.start(settings)
     return Contestant(kind, names, running, time.monotonic() - begun, settings.threads)
