@@ -171,7 +171,7 @@ def results(folder: Path) -> list[Result]:
         metrics = weights.with_suffix(".run") / "metrics.jsonl"
         rows = _rows(metrics)
         best = min(rows, key=_loss, default={})
-        finished = bool(rows) and weights.exists() and not (metrics.parent / "checkpoint.pt").exists()
+        finished = bool(rows) and not (metrics.parent / "checkpoint.pt").exists() and _ended(weights, rows)
         name = weights.stem.removeprefix("model_")
         found.append(Result(name, weights, given, len(rows), best, finished))
     if not found:
@@ -277,6 +277,18 @@ def _rows(metrics: Path) -> list[dict[str, Any]]:
 
 def _loss(row: Mapping[str, Any]) -> float:
     return float(row.get("validation_loss", row["train_loss"]))
+
+
+def _ended(weights: Path, rows: list[dict[str, Any]]) -> bool:
+    """Whether all epochs are behind a run, or it stopped early: a run in progress, or killed, has weights too."""
+    card = weights.with_suffix(".json")
+    if not weights.exists() or not card.exists():
+        return False
+    told = json.loads(card.read_text(encoding="utf-8"))["training"]
+    patience = told.get("early_stop", 0)
+    lowest = min(map(_loss, rows))
+    best = max(number for number, row in enumerate(rows, 1) if _loss(row) == lowest)
+    return bool(len(rows) >= told["epochs"] or 0 < patience <= len(rows) - best)
 
 
 def _append_once(path: Path, line: str) -> None:
