@@ -55,7 +55,9 @@ def run_recipe(recipe: Path, seed: int, data_dir: Path, out: Path, words: Sequen
         done = subprocess.run([*command, *place, *words])
         if done.returncode:
             raise TrainingError(f"{recipe.name} with seed {seed} ended with {done.returncode}; run it again to go on")
-    accuracy = ModelCard.read(model.with_suffix(".json")).metrics["validation_accuracy"]
+    accuracy = ModelCard.read(model.with_suffix(".json")).metrics.get("validation_accuracy")
+    if accuracy is None:
+        raise TrainingError(f"{model} has no validation accuracy: compare classifiers, with --validation_split above 0")
     timing = [json.loads(line) for line in (run_folder / "timing.jsonl").read_text(encoding="utf-8").splitlines()]
     rate = statistics.median(row["images_per_s"] for row in timing)
     return Outcome(recipe.stem, seed, accuracy["hits"], accuracy["count"], rate)
