@@ -446,7 +446,7 @@ def load_state_dict(path: Union[str, Path]) -> Dict[str, torch.Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a truncated zip, a pickle with code, another kind of file
-        raise CardError("{} cannot be read as a state dict: {}".format(path, _short(error))) from error
+        raise CardError("{} cannot be read: cut short, or something else than tensors in it".format(path)) from error
     if not isinstance(loaded, dict) or not all(isinstance(v, torch.Tensor) for v in loaded.values()):
         raise CardError("{} is no bare state dict: give the .pth that training saved".format(path))
     return loaded
