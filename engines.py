@@ -28,7 +28,7 @@ Engine = Callable[[torch.Tensor], torch.Tensor]
 """From float32 images of shape (batch, 3, height, width), on its device, to outputs of shape (batch, outputs)."""
 
 CHOICES = {"precision": ("auto", "fp32", "bf16"), "engine": ("auto", "openvino", "torch")}
-TOLERANCE = {"fp32": (1e-5, 1e-4), "bf16": (2e-3, 0.05), "fp16": (2e-3, 0.05)}
+TOLERANCE = {"fp32": (2e-6, 2e-5), "bf16": (2e-3, 0.05), "fp16": (2e-3, 0.05)}
 """How far an engine may lie from the eager network: in probability, and in its outputs relative to the largest of them.
 
 The outputs count too, because a softmax that is sure of the drawn pictures would hide what its inputs show.

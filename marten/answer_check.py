@@ -22,8 +22,12 @@ from marten.archive_check import read_config
 from marten.errors import ArchiveError
 from modelspec import ModelSpec, load_state_dict
 
-TOLERANCE = {"fp32": 1e-5, "bf16": 0.01, "auto": 0.01}
-"""How far an answer may lie from the state dict's in fp32, by the precision that model-config.yaml asks for."""
+TOLERANCE = {"fp32": 3e-5, "bf16": 0.01, "auto": 0.01}
+"""How far an answer may lie from the state dict's in fp32, by the precision that model-config.yaml asks for.
+
+For fp32 it is the rounding of fp32 itself: a deep network with drawn weights (vgg) lies 3e-5 from its own outputs in
+fp64, so two orders of summation may differ by as much. Trained networks stay far below.
+"""
 
 OUTPUT_TOLERANCE = {"fp32": 1e-4, "bf16": 0.1, "auto": 0.1}
 """The same for the network's outputs, relative to the largest of them where that exceeds 1."""

