@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -102,6 +103,8 @@ class Batches:
             persistent_workers=workers > 0,
             worker_init_fn=_quiet_worker,
         )
+        # also at the end of a program that forgot to close: it would wait for workers that heed no signal
+        self._end = weakref.finalize(self, _end_workers, self._loader)
 
     def __len__(self) -> int:
         """Batches in one whole epoch."""
@@ -123,13 +126,19 @@ class Batches:
 
     def close(self) -> None:
         """End the loader processes; they leave signals to this one, so nothing else would."""
-        del self._loader
+        self._end()
 
     def _order(self) -> list[int]:
         if not self.shuffle:
             return list(range(len(self.pictures)))
         generator = torch.Generator().manual_seed(stream(self.pictures.seed, "order", self._epoch))
         return torch.randperm(len(self.pictures), generator=generator).tolist()
+
+
+def _end_workers(loader: DataLoader[Any]) -> None:
+    # not left to garbage collection: the traceback of an error may hold the iterator to the end of the program
+    if loader._iterator is not None:
+        loader._iterator._shutdown_workers()  # type: ignore[attr-defined]  # of the kind with workers
 
 
 def _stack(items: list[_Item]) -> tuple[torch.Tensor, torch.Tensor] | str:
