@@ -10,6 +10,7 @@ import functools
 import http.client
 import io
 import json
+import socket
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -184,3 +185,15 @@ def _first_words(body: bytes) -> str:
     except ValueError:
         pass
     return (text.splitlines() or ["an empty body"])[0][:200]
+
+
+def free_ports(count: int = 3) -> list[int]:
+    """Ports that nobody listens on just now."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -19,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from marten.readiness import Address
+from marten.readiness import Address, free_ports
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,18 +50,6 @@ def build_archive(store: Path, name: str, handler: str = ECHO) -> Path:
         archive.writestr("where.py", 'FOUND = "in the archive"\n')
         archive.writestr("MAR-INF/MANIFEST.json", json.dumps(manifest))
     return store / f"{name}.mar"
-
-
-def free_ports(count: int = 3) -> list[int]:
-    """Ports that nobody listens on just now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
 
 
 @dataclass

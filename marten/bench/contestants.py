@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import socket
 import time
 import zipfile
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from marten import server
 from marten.architectures import build_network, find_architecture
 from marten.archive import HANDLER, MODEL_CONFIG, plan_archive
 from marten.fitting import available_cores
-from marten.readiness import Address
+from marten.readiness import Address, free_ports
 from marten.runtime import Running
 from marten.serverconfig import read_settings
 from modelspec import ModelCard, ModelSpec, sha256_file
@@ -120,15 +119,3 @@ def launch(kind: str, store: Path, copies: int = 1) -> Contestant:
     begun = time.monotonic()
     running, _, _ = server.start(settings)
     return Contestant(kind, names, running, time.monotonic() - begun, settings.threads)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on just now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
