@@ -16,7 +16,12 @@ import json
 import sys
 from pathlib import Path
 
-from marten.cli import Parser, enter_environment, run
+from marten.environment import enter_environment
+
+if __name__ == "__main__":
+    enter_environment(Path(__file__).resolve().parent)
+
+from marten.cli import Parser, run
 from marten.errors import DONE, FAILED, UsageError
 from marten.files import MODELS
 
@@ -84,5 +89,4 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    enter_environment(Path(__file__).resolve().parent)
     run(main, build_parser())

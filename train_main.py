@@ -17,8 +17,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from marten.environment import enter_environment
+
+if __name__ == "__main__":
+    enter_environment(Path(__file__).resolve().parent)
+
 from marten.architectures import known_architectures
-from marten.cli import Parser, enter_environment, run
+from marten.cli import Parser, run
 from marten.settings import Settings, settings_from
 
 
@@ -125,5 +130,4 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    enter_environment(Path(__file__).resolve().parent)
     run(main, build_parser())

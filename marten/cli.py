@@ -1,4 +1,4 @@
-"""What every command shares: how flags are spelt, how errors are told, which interpreter runs.
+"""What every command shares: how flags are spelt and how errors are told.
 
 Imports neither torch nor anything slow, so that `--help` answers at once.
 """
@@ -112,14 +112,3 @@ def run(main: Callable[[argparse.Namespace], int | None], parser: Parser) -> NoR
         print(f"{parser.prog}: {error}", file=sys.stderr)
         code = MISUSED if isinstance(error, UsageError) else FAILED
     sys.exit(code)
-
-
-def enter_environment(root: Path) -> None:
-    """Go on in the project's own `.venv` when one is there and no other environment was chosen.
-
-    So `scripts/serve` works whether or not `.venv` was activated. Containers and clusters have no `.venv`.
-    """
-    python = root / ".venv" / "bin" / "python"
-    chosen = any(os.environ.get(name) for name in ("VIRTUAL_ENV", "CONDA_PREFIX")) or sys.prefix != sys.base_prefix
-    if python.is_file() and not chosen:
-        os.execv(python, [str(python), *sys.argv])
