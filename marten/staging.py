@@ -6,32 +6,20 @@ each file is put in place whole, so a second try takes up what the first left (B
 
 from __future__ import annotations
 
-import bz2
 import contextlib
 import fcntl
-import gzip
 import hashlib
 import json
-import lzma
 import os
 import shutil
-import tarfile
 import tempfile
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import IO, cast
+from pathlib import Path
 
-from marten.errors import DataError, MartenError
+from marten.errors import DataError
 from marten.files import write_text
-
-ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
-Progress = Callable[[int, int], None]
-_CHUNK = 1 << 20
-_LITTER = ("__MACOSX", ".DS_Store", "Thumbs.db")
+from marten.unpacking import ARCHIVES, LITTER, Progress, in_parallel, is_archive, need_space, put, unpack_into
 
 
 @dataclass(frozen=True)
@@ -62,15 +50,12 @@ def node_local_folder() -> Path:
     return Path(tempfile.gettempdir())
 
 
-def is_archive(path: Path) -> bool:
-    """Whether a name is that of an archive that can be staged."""
-    return path.name.lower().endswith(ARCHIVES)
-
-
 def stage(
     source: Path,
     into: Path | None = None,
     *,
+    name: str = "",
+    below: str = "",
     workers: int = 4,
     link: bool = False,
     digest: str = "",
@@ -82,6 +67,8 @@ def stage(
         source: a zip, tar or tgz archive, or a folder.
         into: folder that will hold the staged set; when None the node's own disk, below it a folder of this source
             where the scheduler gave the job none of its own.
+        name: of the staged folder; the source's own without its ending when empty.
+        below: folder of the archive that holds everything, and is left out of the names; "" for none.
         workers: threads that copy or unpack; a tar is read by one.
         link: make a symbolic link to a folder instead of a copy.
         digest: "sha256:…" or "md5:…" that the archive must have.
@@ -98,14 +85,14 @@ def stage(
         raise DataError(f"nothing to stage at {source}: give a .zip, .tar, .tgz or a folder")
     if source.is_file() and not is_archive(source):
         raise DataError(f"{source} is neither a folder nor an archive ({', '.join(ARCHIVES)})")
-    target = (Path(into).absolute() if into else _own_place(source)) / _stem(source)
+    target = (Path(into).absolute() if into else _own_place(source)) / (name or _stem(source))
     if target == source:
         raise DataError(f"{source} would be staged onto itself: give another folder with --into")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _alone(target):
             found = _already(source, target, digest)
-            return found or _bring(source, target, workers, link, digest, progress)
+            return found or _bring(source, target, below, workers, link, digest, progress)
     except OSError as error:
         raise DataError(
             f"cannot stage {source} into {target.parent}: {error.strerror or error}; what is there already is kept and"
@@ -158,60 +145,41 @@ def _identity(source: Path) -> list[str | int]:
     return [source.name, state.st_size, state.st_mtime_ns]
 
 
-def _bring(source: Path, target: Path, workers: int, link: bool, digest: str, progress: Progress) -> Staged:
+def _bring(source: Path, target: Path, below: str, workers: int, link: bool, digest: str, progress: Progress) -> Staged:
     _marker(target).unlink(missing_ok=True)
     if target.is_symlink():
         target.unlink()
     if target.is_dir():  # of another source with this name; its marker is gone, so it is no longer trusted
         shutil.rmtree(target)
-    files = _files(source) if source.is_dir() else {}
-    sha256 = _verified(source, digest) if source.is_file() else _listing_digest(files)
-    partial = target.with_name(f"{target.name}.partial-{sha256[:12]}")
+    identity = _identity(source)
+    partial = target.with_name(
+        f"{target.name}.partial-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}"
+    )
     for stale in set(target.parent.glob(f"{target.name}.partial-*")) - {partial}:
         shutil.rmtree(stale, ignore_errors=True)
     if source.is_dir():
-        sizes = {name: path.stat().st_size for name, path in files.items()}
+        files = _files(source)
+        sizes, sha256 = {name: path.stat().st_size for name, path in files.items()}, _listing_digest(files)
         if link:
             target.symlink_to(source, target_is_directory=True)
         else:
-            _need_space(partial, sum(sizes.values()), source)
+            need_space(partial, sum(sizes.values()), source)
             _copy_all(files, partial, workers, progress)
-    elif zipfile.is_zipfile(source):
-        sizes = _unzip(source, partial, workers, progress)
-    elif tarfile.is_tarfile(source):
-        sizes = _untar(source, partial, progress)
     else:
-        raise DataError(f"{source} is no readable archive: it is damaged, cut short or of another kind")
+        sizes, sha256 = unpack_into(source, partial, below, digest, workers, progress)
     if not sizes:
         raise DataError(f"{source} holds no file")
     if not link or source.is_file():
         os.replace(partial, target)
     staged = Staged(target, len(sizes), sum(sizes.values()), sha256, True)
-    told = {"source": _identity(source), "files": staged.files, "size_bytes": staged.size_bytes, "sha256": sha256}
+    told = {"source": identity, "files": staged.files, "size_bytes": staged.size_bytes, "sha256": sha256}
     write_text(_marker(target), json.dumps(told | {"digest": digest}) + "\n")
     return staged
 
 
-def _verified(source: Path, digest: str) -> str:
-    """The archive's sha256, after comparing it with what was promised."""
-    kind, _, wanted = digest.rpartition(":")
-    if digest and kind not in ("sha256", "md5"):
-        raise DataError(f"a digest is sha256:… or md5:…, found {digest!r}")
-    sums = {"sha256": hashlib.sha256(), "md5": hashlib.md5(usedforsecurity=False)}
-    with open(source, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            for sum_ in sums.values() if kind == "md5" else [sums["sha256"]]:
-                sum_.update(chunk)
-    if digest and sums[kind].hexdigest() != wanted.lower():
-        raise DataError(
-            f"{source} has the {kind} {sums[kind].hexdigest()}, not {wanted}: it is damaged or another file"
-        )
-    return sums["sha256"].hexdigest()
-
-
 def _files(folder: Path) -> dict[str, Path]:
     """Files below a folder by relative name, sorted, so that every node lists them alike (B3-07)."""
-    found = (p for p in folder.rglob("*") if p.is_file() and not any(part in _LITTER for part in p.parts))
+    found = (p for p in folder.rglob("*") if p.is_file() and not any(part in LITTER for part in p.parts))
     return dict(sorted((p.relative_to(folder).as_posix(), p) for p in found))
 
 
@@ -220,107 +188,9 @@ def _listing_digest(files: dict[str, Path]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _need_space(partial: Path, wanted_bytes: int, source: Path) -> None:
-    there = sum(p.stat().st_size for p in partial.rglob("*") if p.is_file()) if partial.is_dir() else 0
-    free = shutil.disk_usage(partial.parent).free
-    if wanted_bytes - there > free:
-        raise DataError(
-            f"{source} needs {wanted_bytes / 1e9:.2f} GB in {partial.parent}, where {free / 1e9:.2f} GB are free: name"
-            " another disk with --into, or ask the scheduler for a larger one"
-        )
-
-
 def _copy_all(files: dict[str, Path], partial: Path, workers: int, progress: Progress) -> None:
     def copy(name: str) -> None:
         with open(files[name], "rb") as stream:
-            _put(stream, partial / name, files[name].stat().st_size)
+            put(stream, partial / name, files[name].stat().st_size)
 
-    _in_parallel(copy, list(files), workers, progress)
-
-
-def _unzip(source: Path, partial: Path, workers: int, progress: Progress) -> dict[str, int]:
-    try:
-        with zipfile.ZipFile(source) as archive:
-            members = {_inside(i.filename, source): i for i in archive.infolist() if _wanted(i.filename, i.is_dir())}
-            _need_space(partial, sum(i.file_size for i in members.values()), source)
-
-            def extract(name: str) -> None:
-                # zipfile shares one file handle under a lock, and compares each member's checksum at its end
-                with archive.open(members[name]) as stream:
-                    _put(stream, partial / name, members[name].file_size)
-
-            _in_parallel(extract, sorted(members), workers, progress)
-            return {name: info.file_size for name, info in members.items()}
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise DataError(f"{source} is damaged: {error}") from error
-
-
-def _untar(source: Path, partial: Path, progress: Progress) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    try:
-        with _decompressed(source) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
-            for member in archive:
-                if member.isfile() and _wanted(member.name, False):
-                    name = _inside(member.name, source)
-                    inside = archive.extractfile(member)
-                    assert inside is not None
-                    _need_space_for(member.size, partial, source)
-                    _put(inside, partial / name, member.size)
-                    sizes[name] = member.size
-                    progress(len(sizes), 0)
-            while stream.read(_CHUNK):  # to the very end, where the checksum of the compression is
-                pass
-    except (lzma.LZMAError, gzip.BadGzipFile, tarfile.TarError, zlib.error, EOFError) as error:
-        raise DataError(f"{source} is damaged or cut short: {error}") from error
-    return sizes
-
-
-def _decompressed(source: Path) -> IO[bytes]:
-    with open(source, "rb") as file:
-        start = file.read(6)
-    for magic, module in ((b"\x1f\x8b", gzip), (b"BZh", bz2), (b"\xfd7zXZ\x00", lzma)):
-        if start.startswith(magic):
-            return cast(IO[bytes], module.open(source, "rb"))
-    return open(source, "rb")
-
-
-def _need_space_for(size_bytes: int, partial: Path, source: Path) -> None:
-    if size_bytes > shutil.disk_usage(partial.parent).free:
-        raise DataError(f"no room in {partial.parent} for the files of {source}: name another disk with --into")
-
-
-def _wanted(name: str, folder: bool) -> bool:
-    return not folder and not any(part in _LITTER for part in PurePosixPath(name).parts)
-
-
-def _inside(name: str, source: Path) -> str:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise DataError(f"{source} holds {name!r}, which lies outside of the archive: it is not unpacked")
-    return path.as_posix()
-
-
-def _put(stream: IO[bytes], path: Path, size_bytes: int) -> None:
-    """Write one file whole or not at all; what an earlier try left whole is kept."""
-    if path.is_file() and path.stat().st_size == size_bytes:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    neighbour = path.with_name(path.name + ".part")
-    try:
-        with open(neighbour, "wb") as file:
-            shutil.copyfileobj(stream, file, _CHUNK)
-        os.replace(neighbour, path)
-    finally:
-        neighbour.unlink(missing_ok=True)
-
-
-def _in_parallel(work: Callable[[str], None], names: list[str], workers: int, progress: Progress) -> None:
-    if workers < 1:
-        raise MartenError(f"--workers must be at least 1, found {workers}")
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for done, _ in enumerate(pool.map(work, names), 1):
-                progress(done, len(names))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    in_parallel(copy, list(files), workers, progress)
