@@ -68,7 +68,7 @@ class Pictures(Dataset[_Item]):
         sample = self.samples[index]
         target = sample.label if sample.score is None else sample.score
         try:
-            picture = self.preprocess.read(sample.path)
+            picture = self.preprocess.read(sample.source())
         except PictureError as error:
             return f"{sample.path} could be read before training began, now it cannot: {error}"
         if self._plain:

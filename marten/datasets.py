@@ -4,6 +4,7 @@ Three layouts are read:
     flat      cat.0.jpg, dog.17.jpg, ...: the label is the file's own name up to its first dot
     folders   cat/anything.jpg, dog/...: the label is the folder below the data set's root
     table     a .csv or .tsv with the columns path and label, paths relative to the table
+A fourth one, shards, is such a set packed into a few large files; see marten.shards.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Sample:
         label: index into the data set's labels.
         key: sha256 of its content; empty until inspected.
         score: what a regression is to answer; None for a classifier's.
+        span: (offset, size in bytes) in `path` of a picture that lies in a shard; None where `path` is the picture.
     """
 
     id: str
@@ -46,6 +48,26 @@ class Sample:
     label: int
     key: str = ""
     score: float | None = None
+    span: tuple[int, int] | None = None
+
+    def source(self) -> Path | bytes:
+        """What `Preprocess.read` takes: the picture's file, or its bytes out of a shard.
+
+        Raises:
+            PictureError: a shard that is gone or cut short.
+        """
+        if self.span is None:
+            return self.path
+        offset, size_bytes = self.span
+        try:
+            with open(self.path, "rb") as shard:
+                shard.seek(offset)
+                data = shard.read(size_bytes)
+        except OSError as error:
+            raise PictureError(404, f"cannot read the picture: {error}") from error
+        if len(data) < size_bytes:
+            raise PictureError(422, f"{self.path.name} is cut short")
+        return data
 
 
 @dataclass(frozen=True)
@@ -54,10 +76,11 @@ class PictureSet:
 
     Attributes:
         root: folder (or table) they were read from.
-        layout: "flat", "folders" or "table".
+        layout: "flat", "folders", "table" or "shards".
         labels: class names, sorted; a sample's label is an index into them.
         samples: sorted by id.
         rejected: (id, reason) of each file that is no usable picture.
+        decoded_for_px: shorter side that sharded pictures were decoded for; 0 where they are files as they were.
     """
 
     root: Path
@@ -65,6 +88,7 @@ class PictureSet:
     labels: tuple[str, ...]
     samples: tuple[Sample, ...]
     rejected: tuple[tuple[str, str], ...] = ()
+    decoded_for_px: int = 0
 
     @property
     def name(self) -> str:
@@ -96,6 +120,10 @@ def find_pictures(root: Path, labels: Sequence[str] | None = None) -> PictureSet
         DataError: nothing there, two layouts mixed, fewer than two classes, or a class that was not expected.
     """
     root = Path(root)
+    if (root / "shards.json").is_file():
+        from marten.shards import find_shards  # here, because it makes what this module defines
+
+        return find_shards(root, labels)
     if root.is_file() and root.suffix.lower() in (".csv", ".tsv"):
         try:
             layout, found, rejected = "table", *_read_table(root)
@@ -130,7 +158,7 @@ def inspect(
     on_bad: str = "skip",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> PictureSet:
-    """Decode every picture once as training will, and digest its content.
+    """Decode every picture once as training will, and digest its content; a sharded one was when it was packed.
 
     Args:
         pictures: from `find_pictures`.
@@ -142,8 +170,14 @@ def inspect(
         The set without the unreadable ones, each sample with its `key`.
 
     Raises:
-        DataError: something was rejected and `on_bad` is "refuse", or fewer than two classes are left.
+        DataError: something was rejected and `on_bad` is "refuse", or fewer than two classes are left; or shards that
+            were decoded for another size.
     """
+    if pictures.decoded_for_px not in (0, preprocess.min_size_px):
+        raise DataError(
+            f"{pictures.root} was decoded for {pictures.decoded_for_px} pixels, and this network reads"
+            f" {preprocess.min_size_px}: write the shards for it with scripts/data shards --decoded"
+        )
 
     def look(sample: Sample) -> Sample | tuple[str, str]:
         try:
@@ -157,8 +191,10 @@ def inspect(
 
     good: list[Sample] = []
     rejected = list(pictures.rejected)
+    packed = pictures.layout == "shards"
     with ThreadPoolExecutor(available_cpus()) as pool:
-        for done, seen in enumerate(pool.map(look, pictures.samples), 1):
+        seen_samples = pictures.samples if packed else pool.map(look, pictures.samples)
+        for done, seen in enumerate(seen_samples, 1):
             if isinstance(seen, Sample):
                 good.append(seen)
             else:

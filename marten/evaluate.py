@@ -239,7 +239,7 @@ def write_mistakes(
     told = []
     for number, place in enumerate(worst, 1):
         sample, answer = evaluation.pictures.samples[place], answers_N[place]
-        picture = spec.preprocess.read(sample.path)
+        picture = spec.preprocess.read(sample.source())
         pixels_HWC = spec.preprocess.pixels(picture)
         seen = overlay(pixels_HWC, heat_map(network, spec, pixels_HWC, 0 if is_score else int(answer))[0])
         picture.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))

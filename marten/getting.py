@@ -17,6 +17,7 @@ from pathlib import Path
 
 from marten.datasets import PictureSet, find_pictures, inspect
 from marten.errors import DataError
+from marten.shards import check_shards
 from modelspec import Preprocess
 
 KAGGLE_SET = "dogs-vs-cats"
@@ -142,7 +143,11 @@ def check(root: Path, progress: Callable[[int, int], None] = lambda done, total:
     Raises:
         DataError: nothing that can be trained on.
     """
-    pictures = inspect(find_pictures(root), Preprocess(), progress=progress)
+    pictures = find_pictures(root)
+    if pictures.layout == "shards":
+        check_shards(root, progress)
+    else:
+        pictures = inspect(pictures, Preprocess(), progress=progress)
     told = []
     counts = pictures.counts()
     if max(counts.values()) > 5 * max(min(counts.values()), 1):

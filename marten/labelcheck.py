@@ -46,7 +46,7 @@ def features_of(
     handle = module.register_forward_pre_hook(lambda _module, inputs: held.append(inputs[0].flatten(1).double()))
     try:
         for done, sample in enumerate(samples, 1):
-            network(spec.preprocess(sample.path))
+            network(spec.preprocess(sample.source()))
             progress(done, len(samples))
     finally:
         handle.remove()

@@ -98,7 +98,7 @@ def pairs_table(pairs: Sequence[Pair], labels: Sequence[str], parts: dict[str, s
 
 
 def _look(sample: Sample) -> Hash | None:
-    return difference_hash(read_picture(sample.path, 4 * _SIDE))
+    return difference_hash(read_picture(sample.source(), 4 * _SIDE))
 
 
 def _close_pairs(hashes: Sequence[Hash], close: int) -> Iterator[tuple[int, int, int]]:
