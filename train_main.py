@@ -78,7 +78,7 @@ def build_parser() -> Parser:
         "--schedule",
         default=standard.schedule,
         metavar="S",
-        help="of the learning rate: constant, cosine, step or onecycle",
+        help="of the learning rate: constant, cosine, step, onecycle or finetune",
     )
     how("-wd", "--weight_decay", type=float, default=standard.weight_decay, metavar="WD", help="decoupled, as in AdamW")
     how(
@@ -106,6 +106,14 @@ def build_parser() -> Parser:
     )
     how("--loss", default="auto", metavar="L", help="of scores: mse (auto) or huber; of classes: cross-entropy (auto)")
     how("--score_range", type=float, nargs=2, default=[], metavar=("LOW", "HIGH"), help="answer scores on this scale")
+    how(
+        "--weigh",
+        nargs="+",
+        default=[],
+        metavar="W",
+        help="errors of scores by votes, tenths (of the range, equally) or both",
+    )
+    how("--mix", default="none", metavar="M", help="pictures of a batch with each other: none, mixup, cutmix or both")
     how("--ema", type=float, default=0.0, metavar="DECAY", help="validate and keep a running average of the weights")
     how("--early_stop", type=int, default=0, metavar="N", help="stop after N epochs without a better validation loss")
 
@@ -118,12 +126,20 @@ def build_parser() -> Parser:
     )
     where("--max_runtime", default="", metavar="T", help="checkpoint and exit 85 after this time, for instance 4h")
     where("--self_checkpoint", action="store_true", help="exit 85 after each checkpoint, for HTCondor")
+    where(
+        "--track", nargs="+", default=[], metavar="T", help="tell tensorboard, wandb, mlflow of each epoch (or several)"
+    )
+    where("--find_lr", action="store_true", help="do not train: try rising learning rates, draw the loss, name one")
     return parser
 
 
 def main(args: argparse.Namespace) -> int:
     """Train as the flags say; returns the exit code."""
     settings = settings_from(args)
+    if args.find_lr:
+        from marten.ratefinder import find_rate
+
+        return find_rate(settings)
     from marten.training import train
 
     return train(settings)

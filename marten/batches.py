@@ -17,7 +17,8 @@ from marten.streams import stream
 from modelspec import Preprocess, to_pixels
 
 _Place = tuple[int, int]
-_Item = tuple[torch.Tensor, int | float] | str
+_Target = int | float | tuple[float, float]
+_Item = tuple[torch.Tensor, _Target] | str
 
 
 def augmentation(name: str, preprocess: Preprocess) -> Any:
@@ -48,7 +49,9 @@ def augmentation(name: str, preprocess: Preprocess) -> Any:
 
 
 class Pictures(Dataset[_Item]):
-    """Samples as (uint8 pixels of shape (height, width, 3), label), fetched by (epoch, index).
+    """Samples as (uint8 pixels of shape (height, width, 3), target), fetched by (epoch, index).
+
+    A target is a label or a score; where scores weigh differently, (score, weight) for every sample.
 
     One that cannot be read any more is a line that says why: an exception would lose its kind between processes.
     """
@@ -57,6 +60,7 @@ class Pictures(Dataset[_Item]):
         self.samples = samples
         self.preprocess = preprocess
         self.seed = seed
+        self._weighted = any(sample.weight != 1 for sample in samples)
         self._plain = augment == "none"
         self._augment = augmentation(augment, preprocess)
 
@@ -66,7 +70,8 @@ class Pictures(Dataset[_Item]):
     def __getitem__(self, place: _Place) -> _Item:
         epoch, index = place
         sample = self.samples[index]
-        target = sample.label if sample.score is None else sample.score
+        known = sample.label if sample.score is None else sample.score
+        target: _Target = (known, sample.weight) if self._weighted else known
         try:
             picture = self.preprocess.read(sample.source())
         except PictureError as error:
@@ -116,7 +121,9 @@ class Batches:
             yield [(self._epoch, i) for i in order[batch * self.batch_size : (batch + 1) * self.batch_size]]
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Batches of one epoch from batch `start` on: uint8 (batch, height, width, 3) and int64 labels (batch,).
+        """Batches of one epoch from batch `start` on: uint8 (batch, height, width, 3) and targets.
+
+        Targets are int64 labels or float scores of shape (batch,), or weighted scores of shape (batch, 2).
 
         Raises:
             DataError: a picture that cannot be read any more; when its batch is asked for.

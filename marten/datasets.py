@@ -40,6 +40,8 @@ class Sample:
         label: index into the data set's labels.
         key: sha256 of its content; empty until inspected.
         score: what a regression is to answer; None for a classifier's.
+        votes: of people, behind the score; 0 where the table tells none.
+        weight: how much its error counts in training; see marten.weighing.
         span: (offset, size in bytes) in `path` of a picture that lies in a shard; None where `path` is the picture.
     """
 
@@ -48,6 +50,8 @@ class Sample:
     label: int
     key: str = ""
     score: float | None = None
+    votes: float = 0.0
+    weight: float = 1.0
     span: tuple[int, int] | None = None
 
     def source(self) -> Path | bytes:

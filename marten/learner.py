@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from marten.architectures import Architecture, build_network
 from marten.devices import Runtime
 from marten.metrics import Running
+from marten.mixing import mix
 from marten.objectives import objective_of
 from marten.schedules import learning_rate_factor
 from marten.settings import Settings
@@ -31,6 +32,7 @@ class Learner:
         origin: of the first weights of a run that goes on: its state brings the weights, so none are looked for.
 
     Attributes:
+        factor: gives the factor on the base learning rates of a step, from its number and how many there are.
         network: on the device, in channels_last memory.
         origin: where its first weights came from.
 
@@ -58,6 +60,7 @@ class Learner:
         self._backbone = [p for name, p in named if not name.startswith(self._head)]
         head = [p for name, p in named if name.startswith(self._head)]
         self._base_lr = (settings.lr[0], settings.lr[-1])
+        self.factor: Callable[[int, int], float] = self._scheduled
         self._optimizer = torch.optim.AdamW(
             [{"params": head}, {"params": self._backbone}],
             lr=settings.lr[0],
@@ -81,6 +84,17 @@ class Learner:
         """Learning rate of the head in the last step."""
         return float(self._optimizer.param_groups[0]["lr"])
 
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Learning rates of head and backbone that the last step really used; 0 for a backbone held still."""
+        learns = any(parameter.requires_grad for parameter in self._backbone)
+        return self.lr, float(self._optimizer.param_groups[1]["lr"]) if learns else 0.0
+
+    def _scheduled(self, step: int, steps: int) -> float:
+        settings = self._settings
+        head_steps = steps * int(settings.freeze) // settings.epochs if settings.freeze.isdecimal() else 0
+        return learning_rate_factor(settings.schedule, step, steps, head_steps)
+
     def begin_epoch(self, epoch: int) -> None:
         """Let the backbone learn or hold it still, batch norm included, as --freeze says for this epoch."""
         freeze = self._settings.freeze
@@ -98,7 +112,7 @@ class Learner:
 
         Args:
             pixels_NHWC: uint8, shape (batch, height, width, 3).
-            labels_N: int64, shape (batch,).
+            labels_N: int64, shape (batch,); or scores, see `marten.batches.Batches.epoch`.
             step: its number in the whole run, from 0.
             steps: how many the whole run has.
             seen: gets the losses and hits of this batch.
@@ -106,21 +120,26 @@ class Learner:
         device = self._runtime.device
         # dropout and the like draw from here: a function of the place in the run, so nothing of it is saved
         torch.manual_seed(stream(self._settings.seed, "step", step))
-        factor = learning_rate_factor(self._settings.schedule, step, steps)
+        factor = self.factor(step, steps)
         for group, base in zip(self._optimizer.param_groups, self._base_lr, strict=True):
             group["lr"] = base * factor
         images_NCHW = self._spec.preprocess.normalize(pixels_NHWC.to(device, non_blocking=True))
         labels_N = labels_N.to(device, non_blocking=True)
+        images_NCHW, others_N, share = mix(images_NCHW, labels_N, self._settings.mix, self._settings.seed, step)
         with self._runtime.autocast():
             logits_NK = self.network(images_NCHW)
         losses_N = self._objective.losses(logits_NK, labels_N, training=True)
+        worth_N = self._objective.worth(logits_NK, labels_N)
+        if share < 1:
+            losses_N = share * losses_N + (1 - share) * self._objective.losses(logits_NK, others_N, training=True)
+            worth_N = share * worth_N + (1 - share) * self._objective.worth(logits_NK, others_N)
         self._optimizer.zero_grad()
         self._scaler.scale(losses_N.mean()).backward()  # type: ignore[no-untyped-call]
         self._scaler.step(self._optimizer)
         self._scaler.update()
         if self._average is not None:
             self._average.update_parameters(self.network)
-        seen.add(losses_N, self._objective.worth(logits_NK, labels_N))
+        seen.add(losses_N, worth_N)
 
     @torch.inference_mode()
     def judge(

@@ -18,7 +18,7 @@ class Objective(Protocol):
     """Per-picture losses, and the figures whose mean is the task's measure."""
 
     def losses(self, outputs_NK: torch.Tensor, targets_N: torch.Tensor, training: bool) -> torch.Tensor:
-        """Losses of shape (batch,); regularised ones in training."""
+        """Losses of shape (batch,); regularised and weighted ones in training."""
 
     def worth(self, outputs_NK: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
         """Hits, or absolute errors, of shape (batch,)."""
@@ -44,6 +44,8 @@ class Classes:
 class Scores:
     """Squared or Huber error of scores brought to mean 0 and deviation 1, and the absolute error in their own units.
 
+    Targets are scores of shape (batch,), or scores and the weights of their errors, of shape (batch, 2).
+
     Attributes:
         offset: mean of the training part's scores.
         scale: their standard deviation.
@@ -55,14 +57,19 @@ class Scores:
     huber: bool = False
 
     def losses(self, outputs_NK: torch.Tensor, targets_N: torch.Tensor, training: bool) -> torch.Tensor:
-        """Squared or Huber error in units of the deviation."""
-        wanted_N = (targets_N.float() - self.offset) / self.scale
+        """Squared or Huber error in units of the deviation, times the weight where targets bring one."""
+        wanted_N = (_scores(targets_N) - self.offset) / self.scale
         loss = functional.huber_loss if self.huber else functional.mse_loss
-        return loss(outputs_NK[:, 0].float(), wanted_N, reduction="none")
+        losses_N = loss(outputs_NK[:, 0].float(), wanted_N, reduction="none")
+        return losses_N if targets_N.ndim == 1 else losses_N * targets_N[:, 1].float()
 
     def worth(self, outputs_NK: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
         """Distance of answer and score."""
-        return (outputs_NK[:, 0].float() * self.scale + self.offset - targets_N.float()).abs()
+        return (outputs_NK[:, 0].float() * self.scale + self.offset - _scores(targets_N)).abs()
+
+
+def _scores(targets_N: torch.Tensor) -> torch.Tensor:
+    return (targets_N if targets_N.ndim == 1 else targets_N[:, 0]).float()
 
 
 def objective_of(spec: ModelSpec, label_smoothing: float, loss: str) -> Objective:

@@ -1,4 +1,4 @@
-"""What a run tells of its pictures and of itself: lines for a person, metrics.jsonl, timing.jsonl, curves.png."""
+"""What a run tells of its pictures and of itself: lines for a person, and the files of its folder."""
 
 from __future__ import annotations
 
@@ -78,6 +78,16 @@ def write_metrics(folder: Path, history: Sequence[Mapping[str, Any]], pace: Pace
         kept.append(json.dumps({**row, "data_wait_share": pace.wait_share}))
     write_text(timing, "".join(line + "\n" for line in kept))
     plot_curves(history, folder / "curves.png", title)
+
+
+def write_rates(folder: Path, rates: Sequence[tuple[float, float]]) -> None:
+    """Write rates.csv anew: of each step, from 0, the learning rates of head and backbone that it really used.
+
+    Raises:
+        MartenError: the folder cannot be written.
+    """
+    lines = (f"{step},{head!r},{backbone!r}\n" for step, (head, backbone) in enumerate(rates))
+    write_text(folder / "rates.csv", "step,head,backbone\n" + "".join(lines))
 
 
 def _epoch_of(line: str) -> float:

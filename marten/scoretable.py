@@ -44,6 +44,7 @@ def find_scores(table: Path) -> PictureSet:
     if not {"path", "score"} <= set(reader.fieldnames or ()):
         raise DataError(f"{table} has the columns {reader.fieldnames}: it needs path and score")
     found: dict[str, float] = {}
+    votes: dict[str, float] = {}
     rejected: list[tuple[str, str]] = []
     for line, row in enumerate(reader, 2):
         id_, score = (row["path"] or "").strip(), _number(row["score"])
@@ -57,12 +58,13 @@ def find_scores(table: Path) -> PictureSet:
             rejected.append((id_, "no such file"))
         else:
             found[id_] = score
+            votes[id_] = max(0.0, _number(row.get("votes")) or 0.0)
     if len(set(found.values())) < 2:
         raise DataError(f"{table} holds {len(found)} usable scores, {len(set(found.values()))} of them distinct")
     strata = min(_STRATA, max(2, len(found) // _STRATA))
     ranked = sorted(found, key=lambda id_: (found[id_], id_))
     stratum = {id_: rank * strata // len(ranked) for rank, id_ in enumerate(ranked)}
-    samples = [Sample(id_, table.parent / id_, stratum[id_], score=score) for id_, score in found.items()]
+    samples = [Sample(id_, table.parent / id_, stratum[id_], "", score, votes[id_]) for id_, score in found.items()]
     labels = tuple(f"{k + 1} of {strata}" for k in range(strata))
     return PictureSet(table, LAYOUT, labels, tuple(sorted(samples, key=lambda s: s.id)), tuple(sorted(rejected)))
 

@@ -16,6 +16,9 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 AUGMENTATIONS = ("none", "flip", "standard", "strong")
 LOSSES = ("auto", "mse", "huber")
+MIXES = ("none", "mixup", "cutmix", "both")
+WEIGHINGS = ("votes", "tenths")
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 _WITHOUT_EFFECT_ON_RESULT = (
     "model_path",
     "data_dir",
@@ -23,6 +26,7 @@ _WITHOUT_EFFECT_ON_RESULT = (
     "checkpoint_every",
     "max_runtime",
     "self_checkpoint",
+    "track",
 )
 
 
@@ -34,6 +38,9 @@ class Settings:
         lr: learning rate of the head, and optionally of the backbone.
         freeze: "none", "backbone", or the number of first epochs in which only the head learns.
         weights: "auto", "none", "imagenet", or the path of a state dict to start from.
+        mix: how two pictures of a batch become one; see marten.mixing.
+        weigh: what makes one score's error count more than another's; see marten.weighing.
+        track: who is told of each epoch besides metrics.jsonl; see marten.tracking.
         checkpoint_every: epochs as "2", minutes as "30min", or "" for never.
     """
 
@@ -54,9 +61,11 @@ class Settings:
     weights: str = "auto"
     freeze: str = "none"
     augment: str = "standard"
+    mix: str = "none"
     schedule: str = "cosine"
     loss: str = "auto"
     score_range: tuple[float, ...] = ()
+    weigh: tuple[str, ...] = ()
     label_smoothing: float = 0.0
     ema: float = 0.0
     early_stop: int = 0
@@ -64,6 +73,7 @@ class Settings:
     checkpoint_every: str = ""
     max_runtime: str = ""
     self_checkpoint: bool = False
+    track: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         checks = {
@@ -85,6 +95,11 @@ class Settings:
             f"--score_range takes two rising numbers, found {self.score_range}": (
                 not self.score_range or (len(self.score_range) == 2 and self.score_range[0] < self.score_range[1])
             ),
+            f"--weigh takes {' and '.join(WEIGHINGS)}, found {' '.join(self.weigh)}": set(self.weigh) <= set(WEIGHINGS),
+            f"--track takes {', '.join(TRACKERS)}, found {' '.join(self.track)}": set(self.track) <= set(TRACKERS),
+            f"--schedule finetune needs --freeze N, fewer than --epochs, found {self.freeze}": (
+                self.schedule != "finetune" or (self.freeze.isdecimal() and 0 < int(self.freeze) < self.epochs)
+            ),
             "--self_checkpoint needs --checkpoint_every": bool(self.checkpoint_every) or not self.self_checkpoint,
             f"--checkpoint_every must be at least 1 epoch, found {self.checkpoint_every}": (
                 not self.checkpoint_every.isdecimal() or int(self.checkpoint_every) > 0
@@ -97,6 +112,7 @@ class Settings:
             ("device", DEVICES),
             ("precision", PRECISIONS),
             ("augment", AUGMENTATIONS),
+            ("mix", MIXES),
             ("schedule", SCHEDULES),
             ("on_bad", ("skip", "refuse")),
             ("loss", LOSSES),

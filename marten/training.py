@@ -29,9 +29,11 @@ from marten.metrics import Running, share_with_interval, wilson_interval
 from marten.objectives import MEASURES
 from marten.progress import Bar, say
 from marten.provenance import provenance
-from marten.runlog import Pace, epoch_line, look_at, write_metrics
+from marten.runlog import Pace, epoch_line, look_at, write_metrics, write_rates
 from marten.scoretable import LAYOUT, fit_scale, standard_of
 from marten.settings import Settings
+from marten.tracking import Tracked, Trackers
+from marten.weighing import weigh
 from marten.weights import save_model
 from modelspec import ModelCard, ModelSpec
 
@@ -92,7 +94,8 @@ class Run:
         workers = settings.num_workers if settings.num_workers >= 0 else min(8, available_cpus())
         pre = self.spec.preprocess
         pin = self.runtime.device.type == "cuda"
-        pictures = Pictures(self.training, pre, settings.augment, settings.seed)
+        weighed = weigh(self.training, settings.weigh) if settings.weigh else self.training
+        pictures = Pictures(weighed, pre, settings.augment, settings.seed)
         self.batches = Batches(pictures, settings.batch_size, shuffle=True, workers=workers, pin=pin)
         held_out = Pictures(self.validation, pre)
         self.held_out = Batches(held_out, settings.batch_size, shuffle=False, workers=workers, pin=pin)
@@ -101,6 +104,9 @@ class Run:
         self.batch = 0
         self.running = Running(self.runtime.device)
         self.history: History = []
+        self.rates: list[tuple[float, float]] = []
+        self._tracked = Tracked(settings.run_folder, settings.weights_path.stem, settings.shaping())
+        self._trackers = Trackers((), self._tracked, ())
         self.best: dict[str, Any] = {"loss": math.inf, "epoch": -1, "state": None}
         self._saved_at = time.monotonic()
         self._pace = Pace()
@@ -109,9 +115,24 @@ class Run:
     # ------------------------------------------------------------------------------------------ the run
 
     def go_on(self, interrupt: Interrupt) -> int:
-        """Run to the end or to the next stop; returns 0 or 85."""
+        """Run to the end or to the next stop; returns 0 or 85.
+
+        Raises:
+            UsageError: a tracker is not installed.
+            TrainingError: a loss that is no number, a picture that went away.
+        """
         settings = self.settings
         self._announce()
+        self._trackers = Trackers(settings.track, self._tracked, self.history)
+        code = CHECKPOINTED
+        try:
+            code = self._go_on(interrupt)
+        finally:
+            self._trackers.close(finished=code == DONE)
+        return code
+
+    def _go_on(self, interrupt: Interrupt) -> int:
+        settings = self.settings
         while self.epoch < settings.epochs and not self._gave_up():
             if not (self._train_epoch(interrupt) and self._finish_epoch(interrupt)):
                 return self._stop(interrupt.reason)
@@ -143,6 +164,7 @@ class Run:
                 pace.waited_s += time.monotonic() - waiting
                 step, last = self.epoch * steps + self.batch, self.settings.epochs * steps
                 self.learner.learn(pixels_NHWC, labels_N, step, last, self.running)
+                self.rates.append(self.learner.rates)
                 self.batch += 1
                 pace.count += len(labels_N)
                 seen, note = self.running, ""
@@ -194,6 +216,8 @@ class Run:
             self._keep_best(judged)
         title = f"{self.settings.conv_net}, {len(self.training)} pictures"
         write_metrics(self.settings.run_folder, self.history, self._pace, title)
+        write_rates(self.settings.run_folder, self.rates)
+        self._trackers.tell(self.history)
         self.epoch += 1
         self.batch = 0
         self.running = Running(self.runtime.device)
@@ -255,6 +279,8 @@ class Run:
                 "running": self.running.state(),
                 **self.learner.state(),
                 "history": self.history,
+                "rates": torch.tensor(self.rates, dtype=torch.float64),
+                "tracked": self._tracked.ids,
                 "best": self.best,
             },
         )
@@ -286,6 +312,8 @@ class Run:
         self.running = Running(self.runtime.device, state["running"])
         self.learner.load_state(state)
         self.history, self.best = state["history"], state["best"]
+        self.rates = [(head, backbone) for head, backbone in state["rates"].tolist()]
+        self._tracked.ids.update(state["tracked"])
         if self.best["state"] is not None:
             self._save_best(self.history[self.best["epoch"]])
         say(f"Resuming from {path}: epoch {self.epoch + 1}, batch {self.batch} of {len(self.batches)}")
@@ -354,8 +382,10 @@ def _spec(
     settings: Settings, architecture: Architecture, pictures: PictureSet, training: Sequence[Sample]
 ) -> ModelSpec:
     is_score = pictures.layout == LAYOUT
-    if not is_score and (settings.loss != "auto" or settings.score_range):
-        raise UsageError(f"--loss and --score_range are for a table of scores, and {pictures.root} holds classes")
+    if not is_score and (settings.loss != "auto" or settings.score_range or settings.weigh):
+        raise UsageError(
+            f"--loss, --score_range and --weigh are for a table of scores, and {pictures.root} holds classes"
+        )
     offset, scale = standard_of(training) if is_score else (0.0, 1.0)
     outputs = 1 if is_score else len(pictures.labels)
     arch_args = {**architecture.arch_args, "num_classes": outputs, "dropout": settings.dropout}
