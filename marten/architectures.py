@@ -108,6 +108,15 @@ def architecture_file(arch: str) -> Path:
     return path
 
 
+def member_files(arch_args: Mapping[str, Any]) -> list[Path]:
+    """Files of the networks that an ensemble is made of; none for any other network.
+
+    Raises:
+        TrainingError: one is missing.
+    """
+    return [architecture_file(arch) for arch in dict.fromkeys(one["arch"] for one in arch_args.get("members", ()))]
+
+
 def build_network(arch: str, arch_args: Mapping[str, Any]) -> torch.nn.Module:
     """Build a network with fresh weights on the CPU, exactly as the handler builds it.
 

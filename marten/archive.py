@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 
 from marten.answer_check import check_answers
-from marten.architectures import architecture_file
+from marten.architectures import architecture_file, member_files
 from marten.archive_check import check_config, check_name, check_sources
 from marten.errors import ArchiveError, CardError
 from marten.files import MODEL_STORE, MODELS, ROOT, replacing, write_text
@@ -69,7 +69,8 @@ class Archive:
     @property
     def extra_files(self) -> list[Path]:
         """What is needed beside the network, its weights, the handler and the configuration."""
-        return [CONTRACT, ENGINES, EXPLAIN, self.weights.with_suffix(".json"), self.labels]
+        members = member_files(self.card.spec.arch_args)
+        return [CONTRACT, ENGINES, EXPLAIN, *members, self.weights.with_suffix(".json"), self.labels]
 
     def command(self, export_path: Path | None = None) -> list[str]:
         """The torch-model-archiver command with the same contents, as words, paths as seen from here."""
@@ -154,7 +155,7 @@ def plan_archive(
         export_path=Path(export_path),
     )
     check_sources(
-        [archive.network, HANDLER],
+        [archive.network, HANDLER, *member_files(card.spec.arch_args)],
         [CONTRACT, ENGINES, EXPLAIN],
         [archive.weights, archive.config, *archive.extra_files],
     )

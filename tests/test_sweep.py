@@ -14,7 +14,9 @@ import pytest
 
 from marten.errors import DataError, UsageError
 from marten.files import ROOT
-from marten.sweep import Range, best_of, drawn, grid, optimize, read_choices, results, table, write_runs
+from marten.study import optimize
+from marten.sweep import Range, drawn, grid, read_choices, write_runs
+from marten.sweep_results import best_of, results, table
 from tests.schedulers import TRAINING
 from tests.test_staging import content
 
@@ -80,7 +82,7 @@ def test_the_table_has_the_best_first_and_tells_what_still_runs(tmp_path: Path) 
         "1,1e-3,3,2,0.8,0.4,yes",
         "4,1e-6,0,,,,no",
     ]
-    assert best_of(found).weights == folder / "model_3.pth"
+    assert best_of(found)[0].weights == folder / "model_3.pth"
     with pytest.raises(UsageError, match="another sweep"):
         write_runs(folder, [{"lr": "1"}])
     with pytest.raises(DataError, match="no sweep in"):
