@@ -15,6 +15,7 @@ exactly, by the same command.
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from marten.environment import enter_environment
@@ -120,6 +121,7 @@ def build_parser() -> Parser:
     where = add("where, and for how long").add_argument
     where("--device", default="auto", metavar="D", help="auto, cpu, cuda or mps")
     where("--precision", default="auto", metavar="P", help="auto, fp32, bf16 or fp16")
+    where("--batch_norm", default="shared", metavar="B", help="of several processes: over all pictures (shared) or own")
     where("--num_workers", type=int, default=-1, metavar="N", help="loader processes; default: as the processors allow")
     where(
         "--checkpoint_every", default="", metavar="T", help="how often: 2 (epochs) or 30min; default: only when stopped"
@@ -140,6 +142,9 @@ def main(args: argparse.Namespace) -> int:
         from marten.ratefinder import find_rate
 
         return find_rate(settings)
+    if "WORLD_SIZE" in os.environ or "SLURM_STEP_NUM_TASKS" in os.environ:
+        # torch would advise each process, in every log, against a choice that marten.learner makes with reason
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from marten.training import train
 
     return train(settings)

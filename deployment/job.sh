@@ -5,6 +5,9 @@
 # the current folder, hands it the scheduler's signals, and asks to be run again in the scheduler's own way when the
 # program exits 85 (its state is saved). Run again in the folder that it left, or in a fresh one, it goes on.
 #
+# Several processes train as one: under Slurm one for each task that sbatch was asked for, on all nodes, by srun, which
+# runs this file once more in each of them; elsewhere $MARTEN_PROCESSES on this machine, by torchrun.
+#
 # Reads from its environment; none is needed:
 #   MARTEN_HOME          the repository        (the current folder, the one around this file, or /app of the image)
 #   MARTEN_PYTHON        interpreter           (the repository's .venv, else python3)
@@ -13,10 +16,11 @@
 #   MARTEN_OUT           folder to make, so that a scheduler finds something to bring back whatever happens
 #   MARTEN_RUNS          file of flags: one run per line; its line number $SLURM_ARRAY_TASK_ID (PBS_ARRAY_INDEX,
 #                        MARTEN_INDEX) is added to the flags. Words are split at blanks
+#   MARTEN_PROCESSES     how many train together on this machine, one for each GPU   (1; under Slurm its tasks)
 #   MARTEN_SCHEDULER     htcondor, slurm, pbs or none   (what the environment shows)
 #   MARTEN_RESUBMIT      PBS: the command that submits this job again
 #   MARTEN_MAX_RESTARTS  how often a job may ask to be run again   (500)
-#   OMP_NUM_THREADS      threads of each process        (the processors that the scheduler granted)
+#   OMP_NUM_THREADS      threads of each process        (the processors that the scheduler granted, shared evenly)
 set -euo pipefail
 
 say() { printf '%s job.sh: %s\n' "$(date +%H:%M:%S)" "$*" >&2; }
@@ -50,7 +54,11 @@ if [[ -z $scheduler ]]; then
   fi
 fi
 
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-${NCPUS:-$(nproc)}}}"
+processes=${MARTEN_PROCESSES:-1}
+[[ $processes =~ ^[0-9]+$ ]] || die "\$MARTEN_PROCESSES is a number, found '$processes'"
+(( processes > 0 )) || processes=1
+cpus=${SLURM_CPUS_PER_TASK:-$(( ${NCPUS:-$(nproc)} / processes ))}
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( cpus > 0 ? cpus : 1 ))}"
 export PYTHONUNBUFFERED=1
 
 # ----------------------------------------------------------------------------------------------- what is to be run
@@ -96,32 +104,61 @@ supervise() { # supervise COMMAND...: its exit code, however many signals come i
   return "$code"
 }
 
+stage_and_run() { # stage_and_run LAUNCHER...: on this machine; sets code
+  local place staged
+  if [[ -n ${MARTEN_INPUT:-} ]]; then
+    # HTCondor puts what came from afar beside us, under its last name
+    [[ $scheduler != htcondor || ! -e ${MARTEN_INPUT##*/} ]] || MARTEN_INPUT=${MARTEN_INPUT##*/}
+    if [[ -d $MARTEN_INPUT || $MARTEN_INPUT == *.[ct]sv ]]; then
+      staged=$MARTEN_INPUT
+    else
+      place=$(mktemp "${TMPDIR:-/tmp}/marten-staged.XXXXXX")
+      stage() { exec "$python" "$home/scripts/stage" "$MARTEN_INPUT" >"$place"; }
+      supervise stage || code=$?
+      staged=$(<"$place")
+      rm -f "$place"
+    fi
+    words+=(--data_dir "$staged")
+    if [[ -n $asked && $code -ne 0 ]]; then
+      code=85  # what is staged stays staged where the disk stays; nothing else was begun
+    fi
+  fi
+  if (( code == 0 )) && [[ -n $asked ]]; then
+    code=85
+  fi
+  if (( code == 0 )); then
+    say "$(hostname):$PWD, $scheduler, $OMP_NUM_THREADS threads: $program ${words[*]}"
+    supervise "$@" "$home/$program" "${words[@]}" || code=$?
+  fi
+}
+
 code=0
-if [[ -n ${MARTEN_INPUT:-} ]]; then
-  # HTCondor puts what came from afar beside us, under its last name
-  [[ $scheduler != htcondor || ! -e ${MARTEN_INPUT##*/} ]] || MARTEN_INPUT=${MARTEN_INPUT##*/}
-  if [[ -d $MARTEN_INPUT || $MARTEN_INPUT == *.[ct]sv ]]; then
-    staged=$MARTEN_INPUT
-  else
-    place=$(mktemp "${TMPDIR:-/tmp}/marten-staged.XXXXXX")
-    stage() { exec "$python" "$home/scripts/stage" "$MARTEN_INPUT" >"$place"; }
-    supervise stage || code=$?
-    staged=$(<"$place")
-    rm -f "$place"
-  fi
-  words+=(--data_dir "$staged")
-  if [[ -n $asked && $code -ne 0 ]]; then
-    code=85  # what is staged stays staged where the disk stays; nothing else was begun
-  fi
+if [[ $scheduler == slurm && -n ${SLURM_STEP_NUM_TASKS:-} && -n ${MARTEN_EXIT:-} ]]; then
+  # one of srun's tasks, see below
+  stage_and_run "$python"
+  (( code != 85 )) || echo 85 >"$MARTEN_EXIT"
+  exit "$code"
+elif [[ $scheduler == slurm ]] && (( ${SLURM_NTASKS:-1} > 1 )); then
+  # srun and torchrun know done and failed: the first process leaves its own code in a file, and ends with 0
+  MARTEN_EXIT=$(mktemp "$PWD/.marten-exit.XXXXXX")
+  export MARTEN_EXIT
+  say "$SLURM_NTASKS tasks on ${SLURM_JOB_NUM_NODES:-1} nodes"
+  supervise srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
+    bash "${BASH_SOURCE[0]}" "$@" || code=$?
+elif (( processes > 1 )); then
+  MARTEN_EXIT=$(mktemp "${TMPDIR:-/tmp}/marten-exit.XXXXXX")
+  export MARTEN_EXIT
+  # SIGUSR1 is for the processes, as SIGTERM is; torchrun gives them 30 s to save themselves
+  stage_and_run "$python" -m torch.distributed.run --standalone --nproc-per-node "$processes" \
+    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+else
+  stage_and_run "$python"
 fi
-if (( code == 0 )) && [[ -n $asked ]]; then
-  code=85
+if [[ -n ${MARTEN_EXIT:-} ]]; then
+  [[ ! -s $MARTEN_EXIT ]] || code=$(<"$MARTEN_EXIT")
+  rm -f "$MARTEN_EXIT"
 fi
-if (( code == 0 )); then
-  say "$(hostname):$PWD, $scheduler, $OMP_NUM_THREADS threads: $program ${words[*]}"
-  supervise "$python" "$home/$program" "${words[@]}" || code=$?
-  say "$program exited $code"
-fi
+say "$program exited $code"
 
 # --------------------------------------------------------------------------------------- run me again, said once
 (( code == 85 )) || exit "$code"

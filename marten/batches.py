@@ -11,11 +11,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 
 from marten.datasets import Sample
+from marten.distributed import ALONE, World
 from marten.errors import DataError, PictureError, UsageError
 from marten.settings import AUGMENTATIONS
 from marten.streams import stream
 from modelspec import Preprocess, to_pixels
 
+Batch = tuple[torch.Tensor, torch.Tensor, int]
 _Place = tuple[int, int]
 _Target = int | float | tuple[float, float]
 _Item = tuple[torch.Tensor, _Target] | str
@@ -88,15 +90,27 @@ class Batches:
 
     Args:
         pictures: what to draw from.
-        batch_size: pictures per batch; the last one of an epoch may be smaller.
+        batch_size: pictures per batch, of all processes together; the last one of an epoch may be smaller.
         shuffle: a new order each epoch, from the pictures' seed; else the order of the samples.
         workers: loader processes; 0 decodes in this one.
+        pin: whether to put batches into memory that a GPU reads quickly.
+        world: the processes that share each batch.
     """
 
-    def __init__(self, pictures: Pictures, batch_size: int, *, shuffle: bool, workers: int, pin: bool = False) -> None:
+    def __init__(
+        self,
+        pictures: Pictures,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        workers: int,
+        pin: bool = False,
+        world: World = ALONE,
+    ) -> None:
         self.pictures = pictures
         self.batch_size = batch_size
         self.shuffle = shuffle
+        self._world = world
         self._epoch = 0
         self._start = 0
         self._loader = DataLoader(
@@ -118,10 +132,13 @@ class Batches:
     def __iter__(self) -> Iterator[list[_Place]]:
         order = self._order()
         for batch in range(self._start, len(self)):
-            yield [(self._epoch, i) for i in order[batch * self.batch_size : (batch + 1) * self.batch_size]]
+            whole = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield [(self._epoch, i) for i in self._world.share(whole)]
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Batches of one epoch from batch `start` on: uint8 (batch, height, width, 3) and targets.
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Batches of one epoch from batch `start` on, this process's share of each: pixels, targets, count.
+
+        Pixels are uint8 (share, height, width, 3); the count is that of the whole batch.
 
         Targets are int64 labels or float scores of shape (batch,), or weighted scores of shape (batch, 2).
 
@@ -129,11 +146,17 @@ class Batches:
             DataError: a picture that cannot be read any more; when its batch is asked for.
         """
         self._epoch, self._start = epoch, start
-        return _readable(iter(self._loader))
+        return self._readable(iter(self._loader), start)
 
     def close(self) -> None:
         """End the loader processes; they leave signals to this one, so nothing else would."""
         self._end()
+
+    def _readable(self, batches: Iterator[Any], start: int) -> Iterator[Batch]:
+        for number, batch in enumerate(batches, start):
+            if isinstance(batch, str):
+                raise DataError(batch)
+            yield *batch, min(self.batch_size, len(self.pictures) - number * self.batch_size)
 
     def _order(self) -> list[int]:
         if not self.shuffle:
@@ -153,13 +176,6 @@ def _stack(items: list[_Item]) -> tuple[torch.Tensor, torch.Tensor] | str:
     if len(good) < len(items):
         return next(item for item in items if isinstance(item, str))
     return torch.stack([pixels for pixels, _ in good]), torch.tensor([label for _, label in good])
-
-
-def _readable(batches: Iterator[Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for batch in batches:
-        if isinstance(batch, str):
-            raise DataError(batch)
-        yield batch
 
 
 def _quiet_worker(worker: int) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from marten.distributed import ALONE, World
 from marten.errors import UsageError
 from marten.settings import DEVICES, PRECISIONS
 
@@ -35,11 +36,11 @@ class Runtime:
         return f"{name} in {self.precision}"
 
 
-def choose_runtime(device: str = "auto", precision: str = "auto") -> Runtime:
+def choose_runtime(device: str = "auto", precision: str = "auto", world: World = ALONE) -> Runtime:
     """Take what is asked for, or the best there is: cuda, then mps, then cpu.
 
     "auto" precision is bf16 where the processor computes in it (cuda from capability 8.0, CPUs with avx512_bf16 or
-    amx), fp16 on older GPUs, else fp32.
+    amx), fp16 on older GPUs, else fp32. Of several processes each takes its own GPU.
 
     Raises:
         UsageError: an unknown word, or a device or format that this machine lacks.
@@ -57,6 +58,12 @@ def choose_runtime(device: str = "auto", precision: str = "auto") -> Runtime:
         raise UsageError("--precision fp16 needs a GPU: use bf16 or fp32 on the CPU")
     if precision == "auto":
         precision = _best_precision(device)
+    if device == "cuda" and world.size > 1:
+        index = world.local_rank % torch.cuda.device_count()  # one that sees a single GPU was given its own
+        torch.cuda.set_device(index)
+        return Runtime(torch.device(device, index), precision)
+    if device == "mps" and world.size > 1:
+        raise UsageError("several processes cannot share this machine's GPU: use --device cpu, or one process")
     return Runtime(torch.device(device), precision)
 
 

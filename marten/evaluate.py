@@ -121,7 +121,7 @@ def ask(
     """
     batches = Batches(Pictures(samples, spec.preprocess), batch_size, shuffle=False, workers=workers)
     outputs = []
-    for pixels_NHWC, _ in batches.epoch(0):
+    for pixels_NHWC, *_ in batches.epoch(0):
         images_NCHW = spec.preprocess.normalize(pixels_NHWC.to(device))
         outputs.append(spec.logits(network, images_NCHW).cpu().double())
         progress(len(outputs))

@@ -9,6 +9,8 @@ import time
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+REASONS = ("", "--max_runtime", "--self_checkpoint", *(number.name for number in SIGNALS))
+"""Every reason to stop, in a word; several processes agree on the last one in this order."""
 
 
 class Interrupt:

@@ -7,15 +7,19 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from marten.architectures import Architecture, build_network
+from marten.batches import Batch
 from marten.devices import Runtime
+from marten.distributed import ALONE, World
 from marten.metrics import Running
 from marten.mixing import mix
 from marten.objectives import objective_of
 from marten.schedules import learning_rate_factor
 from marten.settings import Settings
+from marten.sharedlayers import share_batch_norm, share_dropout
 from marten.streams import stream
 from marten.weights import start_weights
 from modelspec import ModelSpec
@@ -30,6 +34,7 @@ class Learner:
         spec: what will serve; its preprocessing makes the network's input.
         runtime: device and number format.
         origin: of the first weights of a run that goes on: its state brings the weights, so none are looked for.
+        world: the processes that learn together, each from its share of every batch.
 
     Attributes:
         factor: gives the factor on the base learning rates of a step, from its number and how many there are.
@@ -47,14 +52,20 @@ class Learner:
         spec: ModelSpec,
         runtime: Runtime,
         origin: str | None = None,
+        world: World = ALONE,
     ) -> None:
         self._settings = settings
+        self._world = world
         self._head = architecture.head
         self._spec = spec
         self._runtime = runtime
         torch.manual_seed(stream(settings.seed, "weights"))
         network = build_network(spec.arch, spec.arch_args)
         self.origin = origin or start_weights(network, architecture, settings.weights)
+        if world.size > 1 and settings.batch_norm == "shared":
+            network = share_batch_norm(network, runtime.device)
+        # GPUs draw their masks otherwise, so that there each process draws its own
+        self._dropouts = share_dropout(network, world) if world.size > 1 and runtime.device.type == "cpu" else []
         self.network = network.to(runtime.device).to(memory_format=torch.channels_last)
         named = list(network.named_parameters())
         self._backbone = [p for name, p in named if not name.startswith(self._head)]
@@ -73,6 +84,12 @@ class Learner:
             average = get_ema_multi_avg_fn(settings.ema)  # type: ignore[no-untyped-call]
             self._average = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
         self._objective = objective_of(spec, settings.label_smoothing, settings.loss)
+        self._forward = self._in_parallel() if world.size > 1 else self.network
+
+    def _in_parallel(self) -> nn.Module:
+        # "unused" are the parameters of a backbone held still. It also keeps torch from sorting gradients anew after
+        # the first step: sums would then be made in another order in a run that was resumed
+        return DistributedDataParallel(self.network, find_unused_parameters=True)
 
     @property
     def candidate(self) -> nn.Module:
@@ -104,22 +121,28 @@ class Learner:
         self.network.train()
         if frozen:
             for name, module in self.network.named_modules():
-                if isinstance(module, nn.BatchNorm2d) and not name.startswith(self._head):
+                if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) and not name.startswith(self._head):
                     module.eval()
 
-    def learn(self, pixels_NHWC: torch.Tensor, labels_N: torch.Tensor, step: int, steps: int, seen: Running) -> None:
+    def learn(
+        self, pixels_NHWC: torch.Tensor, labels_N: torch.Tensor, whole: int, step: int, steps: int, seen: Running
+    ) -> None:
         """Take one step of the optimizer.
 
         Args:
-            pixels_NHWC: uint8, shape (batch, height, width, 3).
+            pixels_NHWC: uint8, shape (batch, height, width, 3): this process's share of a batch.
             labels_N: int64, shape (batch,); or scores, see `marten.batches.Batches.epoch`.
+            whole: pictures in the whole batch.
             step: its number in the whole run, from 0.
             steps: how many the whole run has.
             seen: gets the losses and hits of this batch.
         """
         device = self._runtime.device
         # dropout and the like draw from here: a function of the place in the run, so nothing of it is saved
-        torch.manual_seed(stream(self._settings.seed, "step", step))
+        own = () if self._dropouts or self._world.is_first else (self._world.rank,)
+        torch.manual_seed(stream(self._settings.seed, "step", step, *own))
+        for dropout in self._dropouts:
+            dropout.whole = whole
         factor = self.factor(step, steps)
         for group, base in zip(self._optimizer.param_groups, self._base_lr, strict=True):
             group["lr"] = base * factor
@@ -127,44 +150,51 @@ class Learner:
         labels_N = labels_N.to(device, non_blocking=True)
         images_NCHW, others_N, share = mix(images_NCHW, labels_N, self._settings.mix, self._settings.seed, step)
         with self._runtime.autocast():
-            logits_NK = self.network(images_NCHW)
+            logits_NK = self._forward(images_NCHW)
         losses_N = self._objective.losses(logits_NK, labels_N, training=True)
         worth_N = self._objective.worth(logits_NK, labels_N)
         if share < 1:
             losses_N = share * losses_N + (1 - share) * self._objective.losses(logits_NK, others_N, training=True)
             worth_N = share * worth_N + (1 - share) * self._objective.worth(logits_NK, others_N)
         self._optimizer.zero_grad()
-        self._scaler.scale(losses_N.mean()).backward()  # type: ignore[no-untyped-call]
+        is_shared = len(labels_N) < whole
+        # gradients become the mean over the processes, whose shares may differ by a picture
+        loss = losses_N.sum() * (self._world.size / whole) if is_shared else losses_N.mean()
+        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self._scaler.step(self._optimizer)
         self._scaler.update()
         if self._average is not None:
             self._average.update_parameters(self.network)
-        seen.add(losses_N, worth_N)
+        if is_shared or self._world.is_first:
+            seen.add(losses_N, worth_N)
 
     @torch.inference_mode()
     def judge(
         self,
         network: nn.Module,
-        batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        batches: Iterable[Batch],
         runtime: Runtime,
         stop: Callable[[], object] = lambda: False,
     ) -> Running | None:
         """Loss and accuracy of a network on held-out batches, through the transform that serves.
 
-        None when `stop`, asked before each batch, says so.
+        None when `stop`, asked before each batch, says so. Every picture counts once, whoever looked at it.
         """
         network.eval()
+        self._world.spread(network)
         seen = Running(runtime.device)
-        for pixels_NHWC, labels_N in batches:
+        for pixels_NHWC, labels_N, whole in batches:
             if stop():
                 return None
+            if len(labels_N) == whole and not self._world.is_first:
+                continue
             images_NCHW = self._spec.preprocess.normalize(pixels_NHWC.to(runtime.device))
             labels_N = labels_N.to(runtime.device)
             with runtime.autocast():
                 logits_NK = self._spec.logits(network, images_NCHW)
             losses_N = self._objective.losses(logits_NK, labels_N, training=False)
             seen.add(losses_N, self._objective.worth(logits_NK, labels_N))
-        return seen
+        return seen.together(self._world)
 
     def state(self) -> dict[str, Any]:
         """Everything of it that the rest of a run depends on: tensors and plain Python."""

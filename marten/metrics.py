@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
+from marten.distributed import World
+
 
 class Running:
     """Loss and accuracy over the samples seen so far, summed on the device without waiting for it."""
@@ -29,6 +31,11 @@ class Running:
         """Plain numbers from which the sums can be continued."""
         loss_sum, correct = self._sums.tolist()
         return {"loss_sum": loss_sum, "correct": correct, "count": self.count}
+
+    def together(self, world: World) -> Running:
+        """What all processes have seen, each its own pictures; the same numbers in every one."""
+        states = world.gather(self.state())
+        return Running(self._sums.device, {name: sum(state[name] for state in states) for name in states[0]})
 
     @property
     def loss(self) -> float:

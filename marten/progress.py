@@ -14,11 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 T = TypeVar("T")
 
 console = Console(highlight=False, soft_wrap=True)
+"""Quiet in all but the first process of a run that several share."""
 
 
 def say(text: str) -> None:
     """Print one line, above the bar where there is one, at once even into a file."""
-    if console.is_terminal:
+    if console.is_terminal or console.quiet:
         console.print(text, markup=False, emoji=False)
     else:
         print(text, flush=True)
@@ -36,7 +37,7 @@ class Bar:
         self._every_s = every_s
         self._told = time.monotonic()
         self._rich: Progress | None = None
-        if console.is_terminal and sys.stdout.isatty():
+        if console.is_terminal and sys.stdout.isatty() and not console.quiet:
             self._rich = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -86,5 +87,5 @@ class Bar:
             self._rich.update(self._task, completed=done)
             if note:
                 self._rich.update(self._task, note=note)
-        elif told and done < self._total:
+        elif told and done < self._total and not console.quiet:
             print(f"{self._title}: {done}/{self._total} {note}".rstrip(), flush=True)

@@ -18,6 +18,7 @@ AUGMENTATIONS = ("none", "flip", "standard", "strong")
 LOSSES = ("auto", "mse", "huber")
 MIXES = ("none", "mixup", "cutmix", "both")
 WEIGHINGS = ("votes", "tenths")
+BATCH_NORMS = ("shared", "own")
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 _WITHOUT_EFFECT_ON_RESULT = (
     "model_path",
@@ -40,6 +41,7 @@ class Settings:
         weights: "auto", "none", "imagenet", or the path of a state dict to start from.
         mix: how two pictures of a batch become one; see marten.mixing.
         weigh: what makes one score's error count more than another's; see marten.weighing.
+        batch_norm: of several processes, over the pictures of all ("shared") or of each ("own").
         track: who is told of each epoch besides metrics.jsonl; see marten.tracking.
         checkpoint_every: epochs as "2", minutes as "30min", or "" for never.
     """
@@ -57,6 +59,7 @@ class Settings:
     seed: int = 0
     device: str = "auto"
     precision: str = "auto"
+    batch_norm: str = "shared"
     num_workers: int = -1
     weights: str = "auto"
     freeze: str = "none"
@@ -113,6 +116,7 @@ class Settings:
             ("precision", PRECISIONS),
             ("augment", AUGMENTATIONS),
             ("mix", MIXES),
+            ("batch_norm", BATCH_NORMS),
             ("schedule", SCHEDULES),
             ("on_bad", ("skip", "refuse")),
             ("loss", LOSSES),

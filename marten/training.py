@@ -6,28 +6,32 @@ keep the best. Everything that the result depends on is in the settings or in th
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from marten.alone import alone
 from marten.architectures import Architecture, find_architecture
-from marten.batches import Batches, Pictures
+from marten.batches import Batch, Batches, Pictures
 from marten.checkpoint import load_checkpoint, save_checkpoint
 from marten.datasets import PictureSet, Sample, split, split_table
 from marten.devices import Runtime, choose_runtime
+from marten.distributed import ALONE, World, exit_code, find_world, joined, moved
 from marten.errors import CHECKPOINTED, DONE, DataError, TrainingError, UsageError
-from marten.files import available_cpus, write_text
-from marten.interrupt import Interrupt
+from marten.files import write_text
+from marten.interrupt import REASONS, Interrupt
 from marten.learner import Learner
 from marten.metrics import Running, share_with_interval, wilson_interval
 from marten.objectives import MEASURES
-from marten.progress import Bar, say
+from marten.progress import Bar, console, say
 from marten.provenance import provenance
 from marten.runlog import Pace, epoch_line, look_at, write_metrics, write_rates
 from marten.scoretable import LAYOUT, fit_scale, standard_of
@@ -50,39 +54,55 @@ def train(settings: Settings) -> int:
         MartenError: data, weights, device or settings that cannot be trained with.
     """
     interrupt = Interrupt(settings.max_runtime_s, patient=False)
-    run = Run(settings)
+    world = find_world()
+    console.quiet = not world.is_first
+    with joined(world, choose_runtime(settings.device, world=world).device.type), contextlib.ExitStack() as held:
+        world.first(lambda: held.enter_context(alone(settings.run_folder)))
+        return _train(Run(settings, world), interrupt)
+
+
+def _train(run: Run, interrupt: Interrupt) -> int:
     try:
         run.resume()
         interrupt.patient = True
-        return run.go_on(interrupt)
+        code = run.go_on(interrupt)
     except torch.OutOfMemoryError as error:
         raise TrainingError(
-            f"{settings.batch_size} pictures at once do not fit into {run.runtime}: try a smaller --batch_size"
+            f"{run.settings.batch_size} pictures at once do not fit into {run.runtime}: try a smaller --batch_size"
         ) from error
     finally:
         run.batches.close()
         run.held_out.close()
+    run.world.largest(0)  # nobody leaves before all is written: a launcher ends the others when one is gone
+    return exit_code(code, run.world)
 
 
 class Run:
     """A run in progress: the network, its optimizer, where it stands, and what it has seen.
 
+    Several processes make one run of the same result: each learns from its share of every batch, and the first one
+    alone looks at the pictures, speaks and writes. What they decide (to stop, to save) they decide together.
+
     Args:
         settings: of the run.
+        world: the processes; all see the same data, below their own --data_dir.
 
     Raises:
         MartenError: as `train`.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, world: World = ALONE) -> None:
         self.settings = settings
+        self.world = world
         self.architecture = find_architecture(settings.conv_net)
-        self._found = load_checkpoint(self._checkpoint_path)
+        if settings.batch_size < world.size:
+            raise UsageError(f"--batch_size {settings.batch_size} cannot be shared by {world.size} processes")
+        self._found = world.first(lambda: load_checkpoint(self._checkpoint_path))
         before = self._found[0] if self._found else {}
         # what was begun in one number format goes on in it, whatever another machine's "auto" would choose
         precision = before.get("precision", "auto") if settings.precision == "auto" else settings.precision
-        self.runtime = choose_runtime(settings.device, precision)
-        self.pictures = look_at(Path(settings.data_dir), self.architecture.preprocess, settings.on_bad)
+        self.runtime = choose_runtime(settings.device, precision, world)
+        self.pictures = self._look()
         self.training, self.validation = split(self.pictures.samples, settings.validation_split, settings.seed)
         self._scale = fit_scale(self.training, settings.score_range) if self.pictures.layout == LAYOUT else None
         if self._scale:
@@ -90,15 +110,16 @@ class Run:
         self._split_table = split_table(self.pictures.labels, self.training, self.validation)
         self.spec = _spec(settings, self.architecture, self.pictures, self.training)
         self._measure = MEASURES[self.spec.task]
-        self.learner = Learner(settings, self.architecture, self.spec, self.runtime, before.get("origin"))
-        workers = settings.num_workers if settings.num_workers >= 0 else min(8, available_cpus())
+        self.learner = Learner(settings, self.architecture, self.spec, self.runtime, before.get("origin"), world)
+        workers = settings.num_workers if settings.num_workers >= 0 else min(8, world.cpus)
         pre = self.spec.preprocess
         pin = self.runtime.device.type == "cuda"
         weighed = weigh(self.training, settings.weigh) if settings.weigh else self.training
         pictures = Pictures(weighed, pre, settings.augment, settings.seed)
-        self.batches = Batches(pictures, settings.batch_size, shuffle=True, workers=workers, pin=pin)
+        loading: dict[str, Any] = {"workers": workers, "pin": pin, "world": world}
+        self.batches = Batches(pictures, settings.batch_size, shuffle=True, **loading)
         held_out = Pictures(self.validation, pre)
-        self.held_out = Batches(held_out, settings.batch_size, shuffle=False, workers=workers, pin=pin)
+        self.held_out = Batches(held_out, settings.batch_size, shuffle=False, **loading)
 
         self.epoch = 0
         self.batch = 0
@@ -108,6 +129,7 @@ class Run:
         self._tracked = Tracked(settings.run_folder, settings.weights_path.stem, settings.shaping())
         self._trackers = Trackers((), self._tracked, ())
         self.best: dict[str, Any] = {"loss": math.inf, "epoch": -1, "state": None}
+        self._reason, self._is_due = "", False
         self._saved_at = time.monotonic()
         self._pace = Pace()
         provenance()  # notes the commit now
@@ -123,7 +145,7 @@ class Run:
         """
         settings = self.settings
         self._announce()
-        self._trackers = Trackers(settings.track, self._tracked, self.history)
+        self._trackers = Trackers(settings.track if self.world.is_first else (), self._tracked, self.history)
         code = CHECKPOINTED
         try:
             code = self._go_on(interrupt)
@@ -135,13 +157,13 @@ class Run:
         settings = self.settings
         while self.epoch < settings.epochs and not self._gave_up():
             if not (self._train_epoch(interrupt) and self._finish_epoch(interrupt)):
-                return self._stop(interrupt.reason)
+                return self._stop(self._reason)
             if self.epoch < settings.epochs and self._checkpoint_is_due():
                 self.save()
                 if settings.self_checkpoint:
                     return self._stop("--self_checkpoint")
-            if self.epoch < settings.epochs and interrupt.reason:
-                return self._stop(interrupt.reason)
+            if self.epoch < settings.epochs and self._must_stop(interrupt):
+                return self._stop(self._reason)
         self._finish()
         return DONE
 
@@ -155,28 +177,23 @@ class Run:
         with Bar(f"Epoch {self.epoch + 1}/{self.settings.epochs}", steps) as bar:
             while self.batch < steps:
                 waiting = time.monotonic()
-                try:
-                    pixels_NHWC, labels_N = next(batches)
-                except (DataError, RuntimeError) as error:  # the latter where a loader process was killed
-                    self.save()
-                    reason = str(error).partition("\n")[0]
-                    raise TrainingError(f"{reason}. The state is saved: the same command goes on from here") from error
+                pixels_NHWC, labels_N, whole = self._next(batches)
                 pace.waited_s += time.monotonic() - waiting
                 step, last = self.epoch * steps + self.batch, self.settings.epochs * steps
-                self.learner.learn(pixels_NHWC, labels_N, step, last, self.running)
+                self.learner.learn(pixels_NHWC, labels_N, whole, step, last, self.running)
                 self.rates.append(self.learner.rates)
                 self.batch += 1
-                pace.count += len(labels_N)
+                pace.count += whole
                 seen, note = self.running, ""
                 if bar.wants_note():  # making one waits for the GPU
                     note = f"loss {seen.loss:.4f}  {self._measure} {seen.accuracy:.4f}"
                 bar.step(self.batch, note)
-                if interrupt.reason:
+                is_due = self._minutes_are_over()
+                if is_due and self.settings.self_checkpoint:
+                    interrupt.ask("--self_checkpoint")
+                if self._must_stop(interrupt, is_due):
                     return False
-                if self._minutes_are_over():
-                    if self.settings.self_checkpoint:
-                        interrupt.ask("--self_checkpoint")
-                        return False
+                if self._is_due:
                     self.save()
         pace.seconds = time.monotonic() - started
         return True
@@ -186,18 +203,20 @@ class Run:
 
         False when interrupted on the way: the state is then that of the epoch's last batch.
         """
+        seen = self.running.together(self.world)
         measured: dict[str, Any] = {
             "epoch": self.epoch + 1,
             "step": (self.epoch + 1) * len(self.batches),
             "lr": self.learner.lr,
-            "train_loss": self.running.loss,
-            f"train_{self._measure}": self.running.accuracy,
-            "train_count": self.running.count,
+            "train_loss": seen.loss,
+            f"train_{self._measure}": seen.accuracy,
+            "train_count": seen.count,
         }
         if self.validation:
             with Bar("Validating", len(self.held_out)) as bar:
                 batches = bar.over(self.held_out.epoch(self.epoch))
-                held_out = self.learner.judge(self.learner.candidate, batches, self.runtime, lambda: interrupt.reason)
+                stop = partial(self._must_stop, interrupt)
+                held_out = self.learner.judge(self.learner.candidate, batches, self.runtime, stop)
             if held_out is None:
                 return False
             measured |= {
@@ -214,9 +233,10 @@ class Run:
         say(epoch_line(measured, self.settings.epochs, self._pace))
         if judged <= self.best["loss"]:
             self._keep_best(judged)
-        title = f"{self.settings.conv_net}, {len(self.training)} pictures"
-        write_metrics(self.settings.run_folder, self.history, self._pace, title)
-        write_rates(self.settings.run_folder, self.rates)
+        if self.world.is_first:
+            title = f"{self.settings.conv_net}, {len(self.training)} pictures"
+            write_metrics(self.settings.run_folder, self.history, self._pace, title)
+            write_rates(self.settings.run_folder, self.rates)
         self._trackers.tell(self.history)
         self.epoch += 1
         self.batch = 0
@@ -231,6 +251,8 @@ class Run:
         self._save_best(self.history[-1])
 
     def _save_best(self, measured: dict[str, Any]) -> None:
+        if not self.world.is_first:
+            return
         metrics: dict[str, Any] = {}
         if self.validation:
             value, count = measured[f"validation_{self._measure}"], measured["validation_count"]
@@ -258,14 +280,19 @@ class Run:
                 f"Best epoch {self.best['epoch'] + 1}: validation {self._measure} {served.accuracy:.4f}{interval}"
                 f" on {served.count} pictures, loss {served.loss:.4f}"
             )
-        for name in ("checkpoint.pt", "checkpoint.prev.pt"):
+        for name in ("checkpoint.pt", "checkpoint.prev.pt") if self.world.is_first else ():
             (self.settings.run_folder / name).unlink(missing_ok=True)
         say(f"End of training. Model at {self.settings.weights_path}, curves at {self.settings.run_folder}/curves.png")
 
     # -------------------------------------------------------------------------------------- the state
 
     def save(self) -> None:
-        """Write the checkpoint: everything that the rest of the run depends on."""
+        """Write the checkpoint: everything that the rest of the run depends on. The first process writes for all."""
+        shares = self.world.gather(self.running.state())
+        running = self.running.together(self.world).state()
+        self._saved_at = time.monotonic()
+        if not self.world.is_first:
+            return
         save_checkpoint(
             self._checkpoint_path,
             {
@@ -276,7 +303,8 @@ class Run:
                 "origin": self.learner.origin,
                 "epoch": self.epoch,
                 "batch": self.batch,
-                "running": self.running.state(),
+                "running": running,
+                "shares": shares,
                 **self.learner.state(),
                 "history": self.history,
                 "rates": torch.tensor(self.rates, dtype=torch.float64),
@@ -284,7 +312,7 @@ class Run:
                 "best": self.best,
             },
         )
-        self._saved_at = time.monotonic()
+        self._saved_at = time.monotonic()  # what writing takes is no part of the minutes between two
 
     def resume(self) -> None:
         """Go back to the state of the checkpoint, if there is one.
@@ -296,8 +324,10 @@ class Run:
             return
         state, path = self._found
         self._found = None
+        usual = Settings().shaping()  # of a setting that is younger than the checkpoint
+        then = {name: state["settings"].get(name, usual[name]) for name in usual}
         told = {
-            **{f"--{name}": (state["settings"].get(name), value) for name, value in self.settings.shaping().items()},
+            **{f"--{name}": (then[name], value) for name, value in self.settings.shaping().items()},
             "the pictures": (state["data"], self.pictures.digest),
             "the split": (state["split"], hashlib.sha256(self._split_table.encode()).hexdigest()),
             "the precision": (state["precision"], self.runtime.precision),
@@ -309,7 +339,15 @@ class Run:
                 " or remove it to start anew"
             )
         self.epoch, self.batch = state["epoch"], state["batch"]
-        self.running = Running(self.runtime.device, state["running"])
+        shares = state.get("shares", [state["running"]])
+        if len(shares) == self.world.size:
+            self.running = Running(self.runtime.device, shares[self.world.rank])
+        else:
+            self.running = Running(self.runtime.device, state["running"] if self.world.is_first else None)
+            say(
+                f"{path} was written by {len(shares)} processes, and now there are {self.world.size}: the same pictures"
+                f" in the same order, but sums are rounded otherwise{self._what_else_differs()}"
+            )
         self.learner.load_state(state)
         self.history, self.best = state["history"], state["best"]
         self.rates = [(head, backbone) for head, backbone in state["rates"].tolist()]
@@ -333,7 +371,47 @@ class Run:
 
     def _minutes_are_over(self) -> bool:
         _, seconds = self.settings.checkpoint_interval
-        return bool(seconds) and time.monotonic() - self._saved_at >= seconds
+        return self.world.is_first and bool(seconds) and time.monotonic() - self._saved_at >= seconds
+
+    # ------------------------------------------------------------------------------------ of one mind
+
+    def _must_stop(self, interrupt: Interrupt, is_due: bool = False) -> bool:
+        """Whether to stop now, and whether to save: what any process has reason for, all do."""
+        number, due = self.world.largest(REASONS.index(interrupt.reason), int(is_due))
+        self._reason, self._is_due = REASONS[number], bool(due)
+        return bool(number)
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch; where one process cannot get its share, all save the state and end."""
+        batch, error = None, None
+        try:
+            batch = next(batches)
+        except (DataError, RuntimeError) as found:  # the latter where a loader process was killed
+            error = found
+        (failed,) = self.world.largest(int(batch is None))
+        if failed:
+            self.save()
+            reason = str(error).partition("\n")[0] if error else "another process could not get its pictures"
+            raise TrainingError(f"{reason}. The state is saved: the same command goes on from here") from error
+        assert batch is not None
+        return batch
+
+    def _look(self) -> PictureSet:
+        """Let the first process look at the pictures; the others find the same files below their own --data_dir."""
+        settings, root = self.settings, Path(self.settings.data_dir)
+        looked = partial(look_at, root, self.architecture.preprocess, settings.on_bad)
+        pictures, there = self.world.first(lambda: (looked(), root))
+        return moved(pictures, there, root)
+
+    def _what_else_differs(self) -> str:
+        """What of a run, besides the rounding of sums, depends on how many processes there are."""
+        settings, is_cpu = self.settings, self.runtime.device.type == "cpu"
+        told = {
+            "dropout leaves other units out": settings.dropout > 0 and not is_cpu,
+            "batch norm sees other shares": settings.batch_norm == "own",
+            f"--mix {settings.mix} pairs within other shares": settings.mix != "none",
+        }
+        return "".join(f", {words}" for words, holds in told.items() if holds)
 
     # ---------------------------------------------------------------------------------------- details
 
@@ -356,7 +434,11 @@ class Run:
         if alone and self.settings.validation_split:
             some = ", ".join(alone[:5]) + (" and others" if len(alone) > 5 else "")
             say(f"Not validated, as they have one picture only: {some}. All of them are trained on.")
-        write_text(self.settings.run_folder / "split.csv", self._split_table)
+        if self.world.size > 1:
+            each = f"{self.settings.batch_size / self.world.size:g}"
+            say(f"{self.world.size} processes, each with {each} pictures of every batch of {self.settings.batch_size}")
+        if self.world.is_first:
+            write_text(self.settings.run_folder / "split.csv", self._split_table)
 
     def _card(self, metrics: dict[str, Any]) -> ModelCard:
         settings = self.settings

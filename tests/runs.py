@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from marten.distributed import ALONE, World
 from marten.settings import Settings
 from marten.training import Run
 from tests.pictures import draw, encode
@@ -54,9 +55,9 @@ def draw_set(folder: Path, count: int = 24) -> Path:
     return folder
 
 
-def run_once(data: Path, out: Path, stop_after: int | None = None, **changes: Any) -> int:
+def run_once(data: Path, out: Path, stop_after: int | None = None, world: World = ALONE, **changes: Any) -> int:
     """Begin a run, or go on with it, as train_main.py does; returns the exit code."""
-    run = Run(Settings(**{**QUICK, "data_dir": str(data), "model_path": str(out / "model.pth"), **changes}))
+    run = Run(Settings(**{**QUICK, "data_dir": str(data), "model_path": str(out / "model.pth"), **changes}), world)
     try:
         run.resume()
         return run.go_on(StopAfter(stop_after))  # type: ignore[arg-type]

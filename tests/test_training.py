@@ -35,6 +35,7 @@ def test_a_run_leaves_weights_card_metrics_curves_and_split(whole_run: Path, dra
     assert sorted(p.name for p in (whole_run / "model.run").iterdir()) == [
         "curves.png",
         "metrics.jsonl",
+        "rates.csv",
         "split.csv",
         "timing.jsonl",
     ]
