@@ -84,7 +84,8 @@ def _draw_setting(axes: Any, begun: Sequence[Result], key: str) -> None:
     numbers: dict[str, float] = {}
     with contextlib.suppress(ValueError):
         numbers = {value: float(value) for value in values}
-    if not numbers:
+        values.sort(key=float)
+    if len(numbers) < 5:  # words, or so few numbers that they are better named than measured
         numbers = {value: float(place) for place, value in enumerate(values)}
         axes.set_xticks(range(len(values)), [value if len(value) < 15 else f"…{value[-13:]}" for value in values])
         axes.set_xlim(-0.6, len(values) - 0.4)

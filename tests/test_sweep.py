@@ -11,11 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from marten.errors import DataError, UsageError
 from marten.files import ROOT
 from marten.study import optimize
 from marten.sweep import Range, drawn, grid, read_choices, write_runs
+from marten.sweep_plot import plot_sweep
 from marten.sweep_results import best_of, results, table
 from tests.schedulers import TRAINING
 from tests.test_staging import content
@@ -89,6 +91,23 @@ def test_the_table_has_the_best_first_and_tells_what_still_runs(tmp_path: Path) 
         results(tmp_path)
 
 
+def test_the_plot_shows_the_best_run_and_a_panel_for_each_setting(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    write_runs(folder, grid(read_choices(["lr=1e-3,1e-4,1e-5", "augment=flip,none", "seed=0"])))
+    for number, losses in enumerate(([0.9, 0.5], [0.8], [0.7, 0.65], [0.6, 0.62], [0.5, 0.4]), 1):
+        finish(folder / f"model_{number}.pth", losses)
+    (folder / "model_2.run" / "pruned").touch()
+    plot_sweep(results(folder), folder / "results.png")
+    with Image.open(folder / "results.png") as drawn:
+        assert drawn.width == pytest.approx(3 * 4.6 * 110, abs=2), "the curves, lr and augment; seed was not varied"
+        colours = {colour for _, colour in drawn.convert("RGB").getcolors(1 << 24) or []}
+    assert {(0x1F, 0x6F, 0xEB), (0x6B, 0x72, 0x80), (0xC9, 0xCE, 0xD6)} <= colours
+    states = [(result.name, result.state) for result in results(folder)]
+    assert states == [("5", "finished"), ("1", "finished"), ("4", "finished"), ("3", "finished"), ("2", "pruned"),
+                      ("6", "unfinished")]  # fmt: skip
+    assert table(results(folder)).splitlines()[5].endswith(",pruned")
+
+
 @pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="needs Optuna: requirements-sweep.txt")
 def test_optuna_prunes_fails_and_goes_on_from_its_journal(tmp_path: Path) -> None:
     lines: list[str] = []
@@ -102,8 +121,10 @@ def test_optuna_prunes_fails_and_goes_on_from_its_journal(tmp_path: Path) -> Non
             return 1
         for epoch in (1, 2, 3, 4):
             finish(weights, [abs(lr - 0.5) + 0.1] * epoch)
+            (weights.with_suffix(".run") / "checkpoint.pt").touch()
             if epoch < 4 and hopeless():
                 return 85
+        (weights.with_suffix(".run") / "checkpoint.pt").unlink()
         return 0
 
     choices = read_choices(["lr=0.0..1.0"])
@@ -114,6 +135,9 @@ def test_optuna_prunes_fails_and_goes_on_from_its_journal(tmp_path: Path) -> Non
     assert len(found) == 24
     assert abs(float(found[0].settings["lr"]) - 0.5) < 0.1
     assert {result.epochs for result in found} >= {1, 4}, "nothing was pruned"
+    pruned = [result for result in found if result.state == "pruned"]
+    assert pruned
+    assert not [result for result in pruned if list(result.weights.with_suffix(".run").glob("checkpoint*"))]
 
 
 def sweep(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
