@@ -51,5 +51,7 @@ def weigh(training: Sequence[Sample], by: Sequence[str]) -> list[Sample]:
 
 
 def _times(weights: Sequence[float], factors: Sequence[float]) -> list[float]:
-    mean = statistics.fmean(factors)
-    return [w * min(factor / mean, _MOST) for w, factor in zip(weights, factors, strict=True)]
+    capped = list(factors)
+    while max(capped) > 1.001 * _MOST * (mean := statistics.fmean(capped)):  # capping lowers the mean, so again
+        capped = [min(factor, _MOST * mean) for factor in capped]
+    return [weight * factor for weight, factor in zip(weights, capped, strict=True)]
