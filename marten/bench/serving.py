@@ -59,7 +59,7 @@ def bench_serving(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {"records": [], "starts": [], "memory": [], "answers": [], "engines": {}}
     bodies = photographs(plan.folder)
-    with tempfile.TemporaryDirectory(prefix="mb-") as name, _runtime(Path(name)):
+    with tempfile.TemporaryDirectory(prefix="mb-") as name, own_runtime(Path(name)):
         pictures = Path(name) / "pictures"
         pictures.mkdir()
         for i, body in enumerate(bodies):
@@ -164,7 +164,7 @@ def _largest_gap(exact: Contestant, fast: Contestant, bodies: Sequence[bytes]) -
 
 
 @contextlib.contextmanager
-def _runtime(folder: Path) -> Iterator[None]:
+def own_runtime(folder: Path) -> Iterator[None]:
     """Let servers write below one folder, whatever else runs on this machine."""
     before = os.environ.get("MARTEN_RUNTIME")
     os.environ["MARTEN_RUNTIME"] = str(folder)
