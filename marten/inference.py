@@ -10,23 +10,28 @@ import csv
 import itertools
 import json
 import os
+import queue
 import zipfile
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from engines import Engine, choose_engine
 from marten.errors import DataError, PictureError, UsageError
-from marten.files import available_cpus, replacing, write_text
+from marten.files import replacing, write_text
+from marten.fitting import available_cores, available_memory, fit_threads, fit_workers
 from marten.pictures import Sources, natural, opened
 from modelspec import ModelSpec
 
 FORMATS = ("prob", "kaggle", "all")
 Row = tuple[str, "list[float] | str"]
+_WORTH_AN_ENGINE = 100
+"""Pictures per lane from which the second or two pay off that building its engine takes."""
 
 
 def header(spec: ModelSpec, format_: str, label: str) -> list[str]:
@@ -52,8 +57,39 @@ def positive(spec: ModelSpec, label: str) -> int:
     return spec.labels.index(label) if label else 1
 
 
+def build_lanes(
+    network: torch.nn.Module, spec: ModelSpec, device: torch.device, precision: str, pictures: int
+) -> tuple[list[Engine], str]:
+    """Make ready what answers side by side: on a CPU a copy of the network for each core, on a GPU one.
+
+    Sets torch's threads for this process, so that all lanes together fill the cores.
+
+    Args:
+        network: in eval mode, on `device`.
+        spec: of the network.
+        device: where it runs.
+        precision: "fp32", or "auto" for the fastest that agrees; see `engines.choose_engine`.
+        pictures: how many will be asked about; for a few, no engine is built and the network itself answers.
+
+    Returns:
+        The lanes, and one line that tells what they are.
+    """
+    if device.type != "cpu":
+        engine, told = choose_engine(network, spec, {"precision": precision, "engine": "auto"}, device, 1)
+        return [engine], told
+    cores = available_cores()
+    lanes = fit_workers(1, cores, available_memory())
+    threads = fit_threads(lanes, cores)
+    torch.set_num_threads(threads)
+    if pictures < _WORTH_AN_ENGINE * lanes:
+        return [network] * lanes, f"engine eager fp32, {threads} threads, {lanes} lanes"
+    settings = {"precision": precision, "engine": "auto"}
+    built = [choose_engine(network, spec, settings, device, threads) for _ in range(lanes)]
+    return [engine for engine, _ in built], f"{built[0][1]}, {lanes} lanes"
+
+
 def ask(
-    network: torch.nn.Module,
+    lanes: Sequence[Engine],
     spec: ModelSpec,
     sources: Sources,
     device: torch.device | str = "cpu",
@@ -61,15 +97,22 @@ def ask(
 ) -> Iterator[list[Row]]:
     """Probabilities of all classes for each picture, in order, batch by batch; the reason in place of them if bad.
 
+    A thread takes a batch all the way from its files to its answers, so that nothing waits for anything but its turn
+    at a lane. No more batches are under way than there are threads, and one.
+
     Args:
-        network: in eval mode, on `device`.
+        lanes: from `build_lanes`; a network in eval mode on `device` is one as well.
         spec: of the network.
         sources: any number.
-        device: where the network is.
-        batch_size: pictures per forward pass. Three batches at most are decoded ahead.
+        device: where the lanes are.
+        batch_size: pictures per forward pass.
     """
     preprocess = spec.preprocess
-    with opened(sources) as read, ThreadPoolExecutor(max(2, available_cpus())) as pool:
+    threads = len(lanes) if torch.device(device).type == "cpu" else max(2, available_cores())
+    free: queue.SimpleQueue[Engine] = queue.SimpleQueue()
+    for lane in lanes:
+        free.put(lane)
+    with opened(sources) as read, ThreadPoolExecutor(threads) as pool:
 
         def look(member: tuple[Path, str]) -> torch.Tensor | str:
             try:
@@ -79,29 +122,36 @@ def ask(
             except PictureError as error:
                 return str(error)
 
-        ahead: deque[Future[torch.Tensor | str]] = deque()
-        waiting = iter(sources.members)
+        def answer(start: int) -> list[Row]:
+            seen = [look(member) for member in sources.members[start : start + batch_size]]
+            good = [pixels for pixels in seen if isinstance(pixels, torch.Tensor)]
+            lane = free.get()
+            try:
+                answers = iter(_probabilities(lane, spec, good, device))
+            finally:
+                free.put(lane)
+            ids = sources.ids[start : start + batch_size]
+            return [(i, s if isinstance(s, str) else next(answers)) for i, s in zip(ids, seen, strict=True)]
+
+        starts = iter(range(0, len(sources.ids), batch_size))
+        under_way = deque(pool.submit(answer, start) for start in itertools.islice(starts, threads + 1))
         try:
-            for start in range(0, len(sources.ids), batch_size):
-                ids = sources.ids[start : start + batch_size]
-                while len(ahead) < 3 * batch_size and (member := next(waiting, None)) is not None:
-                    ahead.append(pool.submit(look, member))
-                seen = [ahead.popleft().result() for _ in ids]
-                good = [pixels for pixels in seen if isinstance(pixels, torch.Tensor)]
-                answers = iter(_probabilities(network, spec, good, device))
-                yield [(i, s if isinstance(s, str) else next(answers)) for i, s in zip(ids, seen, strict=True)]
+            while under_way:
+                rows = under_way.popleft().result()
+                under_way.extend(pool.submit(answer, start) for start in itertools.islice(starts, 1))
+                yield rows
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 @torch.inference_mode()
 def _probabilities(
-    network: torch.nn.Module, spec: ModelSpec, pixels: list[torch.Tensor], device: torch.device | str
+    lane: Engine, spec: ModelSpec, pixels: list[torch.Tensor], device: torch.device | str
 ) -> list[list[float]]:
     if not pixels:
         return []
     images_NCHW = spec.preprocess.normalize(torch.stack(pixels).to(device))
-    rows: list[list[float]] = spec.probabilities(spec.logits(network, images_NCHW)).cpu().tolist()
+    rows: list[list[float]] = spec.probabilities(spec.logits(lane, images_NCHW)).cpu().tolist()
     return rows
 
 
