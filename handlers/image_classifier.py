@@ -1,4 +1,4 @@
-"""The TorchServe handler: one class on ts's ImageClassifier, thin over modelspec, engines and explain.
+"""The TorchServe handler: one class on ts's ImageClassifier, thin over modelspec, engines, explain and telemetry.
 
 A batch goes through four steps, and only the third needs all its pictures at once:
 
@@ -8,7 +8,8 @@ Every row has its own fate. A row that cannot be answered gets its own status an
 (`{"code", "type", "message", "request_id"}`); its neighbours keep their answers.
 
 TorchServe builds the one class of this file, whatever its name, so a second class of any kind must not stand here.
-It runs on Python 3.9 with torch 2.4 as well; of ours it imports what travels along, modelspec, engines and explain.
+It runs on Python 3.9 with torch 2.4 as well; of ours it imports what travels along, modelspec, engines, explain and
+telemetry.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from ts.utils.util import list_classes_from_module  # noqa: E402
 import engines  # noqa: E402
 import explain  # noqa: E402
 import modelspec  # noqa: E402
+import telemetry  # noqa: E402
 from modelspec import CardError, ModelCard, PictureError  # noqa: E402
 
 logger = logging.getLogger(__name__)
@@ -47,7 +49,7 @@ FIELDS = ("body", "data", "file", "image")
 MAX_INSTANCES = 16
 """Pictures that one KServe request may hold; TorchServe's largest body bounds them too."""
 
-SETTINGS = {"precision": "fp32", "engine": "auto", "threads": "auto", "explanations": 2}
+SETTINGS = {"precision": "fp32", "engine": "auto", "threads": "auto", "explanations": 2, "log_requests": True}
 """What model-config.yaml may say under `handler:`, with its defaults."""
 
 PHRASES = {
@@ -78,7 +80,7 @@ class MartenClassifier(ImageClassifier):  # type: ignore[misc]
             CardError: the code is not this archive's own, or card, labels, weights and settings do not belong together.
         """
         folder = Path(context.system_properties["model_dir"])
-        check_own(folder, __file__, modelspec.__file__, engines.__file__, explain.__file__)
+        check_own(folder, __file__, modelspec.__file__, engines.__file__, explain.__file__, telemetry.__file__)
         self.settings = read_settings(context.model_yaml_config)
         self.card = find_card(folder, context.manifest["model"]["serializedFile"])
         self.spec = self.card.spec
@@ -91,6 +93,7 @@ class MartenClassifier(ImageClassifier):  # type: ignore[misc]
         self.engine, told = engines.choose_engine(self.model, self.spec, self.settings, self.device, threads)
         logger.info(told)
         self._warm_up()
+        telemetry.tell_expected(context, self.card.data.get("train"), self.spec.version, self.card.weights_sha256)
         self.initialized = True
 
     def _load_pickled_model(self, model_dir: str, model_file: str, model_pt_path: str) -> torch.nn.Module:
@@ -112,6 +115,8 @@ class MartenClassifier(ImageClassifier):  # type: ignore[misc]
         """Answer a batch of requests, each with its own status."""
         started = time.perf_counter()
         self.context = context
+        self.records = [telemetry.new_record(context, i) for i in range(len(data))]
+        self.forward_s = 0.0
         outcomes = self.preprocess(data)
         self._explain_rows(outcomes)
         rows = {i: pixels_of(outcome) for i, outcome in enumerate(outcomes) if pixels_of(outcome)}
@@ -120,6 +125,7 @@ class MartenClassifier(ImageClassifier):  # type: ignore[misc]
             told = [next(answers) for _ in pictures]
             outcomes[i] = told[0] if isinstance(outcomes[i], torch.Tensor) else together(told)
         replies = [self._reply(i, outcome) for i, outcome in enumerate(outcomes)]
+        telemetry.tell(context, self.records, self.forward_s, self.settings["log_requests"])
         if getattr(context, "metrics", None) is not None:
             context.metrics.add_time("HandlerTime", round((time.perf_counter() - started) * 1000, 2), None, "ms")
         return replies
@@ -142,10 +148,12 @@ class MartenClassifier(ImageClassifier):  # type: ignore[misc]
         return self.spec.answers(logits_NK)
 
     def _decode(self, i: int, row: Mapping[str, Any]) -> Outcome:
+        started = time.perf_counter()
         try:
             if self.context.get_request_header(i, "describe") == "True":
                 return {"spec": dataclasses.asdict(self.spec), "metrics": dict(self.card.metrics)}
             pictures, several = encoded_pictures(row)
+            self.records[i].size_bytes = sum(map(len, pictures))
             pixels = [self.spec.preprocess.pixels(self.spec.preprocess.read(picture)) for picture in pictures]
             return pixels if several else pixels[0]
         except PictureError as error:
@@ -155,13 +163,18 @@ class MartenClassifier(ImageClassifier):  # type: ignore[misc]
         except Exception:
             logger.exception("decoding failed")
             return PictureError(500, "decoding failed: the server's log says why")
+        finally:
+            self.records[i].decode_s = time.perf_counter() - started
 
     def _answer(self, pixels: List[torch.Tensor]) -> List[Outcome]:
         """Answers for decoded rows; when the batch fails, each row is tried alone, so that one cannot fail all."""
         if not pixels:
             return []
+        started = time.perf_counter()
         try:
-            return list(self.postprocess(self.inference(torch.stack(pixels))))
+            answers = self.postprocess(self.inference(torch.stack(pixels)))
+            self.forward_s += time.perf_counter() - started
+            return list(answers)
         except Exception as error:  # MemoryError, or torch's RuntimeError and its OutOfMemoryError
             logger.exception("a batch of %d failed", len(pixels))
             if self.device.type == "cuda":
@@ -186,7 +199,9 @@ class MartenClassifier(ImageClassifier):  # type: ignore[misc]
                 outcomes[i] = PictureError(404, "explanations are not offered: ask /predictions")
             elif left:
                 left -= 1
+                started = time.perf_counter()
                 outcomes[i] = self._explain(i, pixels)
+                self.records[i].explain_s = time.perf_counter() - started
             else:
                 outcomes[i] = PictureError(429, "too many explanations at once: ask again in a second")
                 self.context.set_response_header(i, "Retry-After", "1")
@@ -213,9 +228,11 @@ class MartenClassifier(ImageClassifier):  # type: ignore[misc]
             return outcome
         self.context.set_response_content_type(i, "application/json")
         if isinstance(outcome, dict):
+            self.records[i].note_answer(outcome)
             return outcome
         assert isinstance(outcome, PictureError)
         phrase = PHRASES[outcome.status]
+        self.records[i].status = outcome.status
         self.context.set_response_status(outcome.status, phrase, i)
         return {
             "code": outcome.status,
@@ -278,6 +295,8 @@ def read_settings(config: Any) -> Dict[str, Any]:
         raise CardError("model-config.yaml, handler: threads must be auto or a number of 1 or more")
     if type(settings["explanations"]) is not int or settings["explanations"] < 0:
         raise CardError("model-config.yaml, handler: explanations must be a number of 0 or more")
+    if type(settings["log_requests"]) is not bool:
+        raise CardError("model-config.yaml, handler: log_requests must be true or false")
     return settings
 
 

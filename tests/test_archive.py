@@ -32,6 +32,7 @@ FILES = [
     "cat_dog_conv_net.py",
     "engines.py",
     "explain.py",
+    "telemetry.py",
     "image_classifier.py",
     "index_to_name.json",
     "model-config.yaml",
@@ -392,7 +393,7 @@ def test_misuse_and_failure_are_one_line_each(tiny_model: Callable[..., Path], t
 
 
 @pytest.mark.parametrize(
-    "part", ["modelspec.py", "engines.py", "explain.py", "handlers", "models", "marten/archive_probe.py"]
+    "part", ["modelspec.py", "engines.py", "explain.py", "telemetry.py", "handlers", "models", "marten/archive_probe.py"]
 )
 def test_what_travels_needs_no_python_newer_than_3_9(part: str) -> None:
     vermin = [sys.executable, "-c", "from vermin import main; main()", "-t=3.9-", "--violations", "--eval-annotations"]

@@ -439,6 +439,7 @@ def test_weights_that_give_no_numbers_are_not_served(
         ({"handler": {"engine": "onnx"}}, "auto, openvino, torch"),
         ({"handler": {"threads": 0}}, "threads must be"),
         ({"handler": {"threads": "two"}}, "threads must be"),
+        ({"handler": {"log_requests": "yes"}}, "log_requests must be"),
     ],
 )
 def test_unknown_settings_are_refused(config: dict[str, Any], said: str) -> None:
@@ -448,16 +449,16 @@ def test_unknown_settings_are_refused(config: dict[str, Any], said: str) -> None
 
 @pytest.mark.parametrize("config", [None, {}, {"handler": None}, {"batchSize": 8}])
 def test_settings_have_defaults(config: Any) -> None:
-    assert read_settings(config) == {"precision": "fp32", "engine": "auto", "threads": "auto", "explanations": 2}
+    assert read_settings(config) == image_classifier.SETTINGS
 
 
-@pytest.mark.parametrize("shadow", ["modelspec.py", "engines.py", "explain.py", "cat_dog_conv_net.py"])
+@pytest.mark.parametrize("shadow", ["modelspec.py", "engines.py", "explain.py", "telemetry.py", "cat_dog_conv_net.py"])
 def test_foreign_code_is_refused(tiny_model: Callable[..., Path], tmp_path: Path, shadow: str) -> None:
     folder, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
     folder.mkdir()
     elsewhere.mkdir()
     lay_out(tiny_model(), folder)
-    for source in ("handlers/image_classifier.py", "modelspec.py", "engines.py", "explain.py"):
+    for source in ("handlers/image_classifier.py", "modelspec.py", "engines.py", "explain.py", "telemetry.py"):
         shutil.copy(ROOT / source, folder)
     (folder / "MAR-INF").mkdir()
     model = {"modelName": "m", "handler": "image_classifier.py", "modelFile": "cat_dog_conv_net.py"}
@@ -488,5 +489,5 @@ def test_the_handler_is_one_class_and_imports_what_travels_with_it_alone() -> No
             else []
         )
     }
-    assert imported - sys.stdlib_module_names == {"engines", "explain", "modelspec", "torch", "ts"}
+    assert imported - sys.stdlib_module_names == {"engines", "explain", "modelspec", "telemetry", "torch", "ts"}
     assert sum(isinstance(node, ast.ClassDef) for node in ast.walk(tree)) == 1

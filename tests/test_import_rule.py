@@ -16,6 +16,7 @@ OURS = (
     "modelspec",
     "engines",
     "explain",
+    "telemetry",
     "scripts",
     "tests",
     "train_main",
@@ -73,7 +74,7 @@ def test_an_architecture_imports_torch_and_torchvision_alone(path: Path) -> None
 
 @pytest.mark.parametrize("path", sources("handlers"), ids=relative)
 def test_a_handler_never_imports_marten(path: Path) -> None:
-    assert roots(imported(path)) & set(OURS) <= {"modelspec", "engines", "explain"}
+    assert roots(imported(path)) & set(OURS) <= {"modelspec", "engines", "explain", "telemetry"}
 
 
 @pytest.mark.parametrize("name", ["engines.py", "explain.py"])

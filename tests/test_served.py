@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +17,9 @@ from PIL import Image
 
 from marten.answer_check import answer_distance, expected_outputs
 from marten.archive import MODEL_CONFIG, Archive, plan_archive, write_archive
-from marten.readiness import worker_pids
+from marten.readiness import request, worker_pids
 from tests.pictures import as_base64, bad_pictures, odd_pictures
-from tests.servers import Address, Serve, free_ports
+from tests.servers import Address, Serve, free_ports, wait_until
 
 pytestmark = pytest.mark.server
 ODD, BAD = odd_pictures(), bad_pictures()
@@ -127,3 +128,48 @@ def test_the_archives_settings_reach_torchserve(server: Serve) -> None:
     assert {"batchSize", "maxBatchDelay", "responseTimeout", "startupTimeout"} <= set(asked)
     assert {key: model[key] for key in asked} == asked
     assert len(model["workers"]) == 1
+
+
+def test_metrics_and_logs_tell_what_was_done(server: Serve) -> None:
+    """Through TorchServe's own pipe, which drops a line that it cannot parse without a word."""
+    before = read_metrics(server)
+    ids = {"X-Request-Id": "mine-42", "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
+    words = [word for name, value in ids.items() for word in ("-H", f"{name}: {value}")]
+    for name, body in (("good", ODD["jpeg_rgb"]), ("bad", b"no picture")):
+        url = f"http://127.0.0.1:{server.ports[0]}/predictions/pets"
+        told = subprocess.run(
+            ["curl", "-sS", "-D-", *words, "-T", "-", url], input=body, capture_output=True, check=True, timeout=30
+        ).stdout.decode()
+        assert re.search(r"(?im)^server-timing: decode;dur=[\d.]+, forward;dur=[\d.]+", told), name
+    answered = re.search(r"(?im)^x-request-id: (\S+)", told)
+    assert answered
+    log = server.folder / "logs" / "requests.jsonl"
+    wait_until(lambda: answered[1] in log.read_text(encoding="utf-8"), 10)
+    good, bad = (json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()[-2:])
+    assert (good["status"], bad["status"], bad["request_id"], bad["model"]) == (200, 415, answered[1], "pets")
+    assert good["caller_id"] == bad["caller_id"] == "mine-42"
+    assert good["trace_id"] == "0af7651916cd43dd8448eb211c80319c"
+    assert list(good["answers"][0]) in (["cat"], ["dog"])
+    assert "request_id" not in (server.folder / "logs" / "model_log.log").read_text(encoding="utf-8")
+
+    def gained(name: str) -> float:
+        return read_metrics(server).get(name, 0) - before.get(name, 0)
+
+    wait_until(lambda: gained('marten_responses_total{status="415"}') == 1, 10)
+    assert gained('marten_responses_total{status="200"}') == 1
+    assert sum(gained(f'marten_answers_total{{label="{label}"}}') for label in ("cat", "dog")) == 1
+    for name in ("decode_seconds", "picture_megabytes", "batch_size"):
+        assert gained(f"marten_{name}_count{{}}") == 2, name
+    for name in ("forward_seconds", "doubt"):
+        assert gained(f"marten_{name}_count{{}}") == 1, name
+    assert gained("marten_picture_megabytes_sum{}") == pytest.approx((len(ODD["jpeg_rgb"]) + 10) / 1e6, abs=2e-6)
+
+
+def read_metrics(server: Serve) -> dict[str, float]:
+    """Values by name and our own labels: the model's, level's and host's are left out, and buckets."""
+    page = request(Address("127.0.0.1", server.ports[2]), "GET", "/metrics")[1].decode()
+    found = {}
+    for name, labels, value in re.findall(r"(?m)^(\w+){(.*?),?} (\S+)$", page):
+        own = [pair for pair in labels.split(",") if not re.match("ModelName|Level|Hostname", pair)]
+        found[f"{name}{{{','.join(own)}}}"] = float(value)
+    return found
