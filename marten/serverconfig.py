@@ -11,6 +11,7 @@ from typing import Any
 from marten.errors import ServerError, UsageError
 from marten.files import MODEL_STORE, ROOT
 from marten.fitting import available_cores, available_memory, fit_threads, fit_workers, has_gpu
+from marten.manifest import check_digest
 from marten.readiness import Address
 
 CONFIG = ROOT / "deployment" / "config.properties"
@@ -93,9 +94,14 @@ def read_properties(path: Path) -> dict[str, str]:
         ServerError: no such file.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        return parse_properties(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ServerError(f"no TorchServe config at {path}: {error.strerror}") from error
+
+
+def parse_properties(text: str) -> dict[str, str]:
+    """Key and value of each line of a properties file; the last one of a key wins."""
+    lines = text.splitlines()
     pairs = (line.strip().split("=", 1) for line in lines if "=" in line and not line.lstrip().startswith(("#", "!")))
     return {key.strip(): value.strip() for key, value in pairs}
 
@@ -105,6 +111,7 @@ def find_archives(models: Sequence[str], store: Path) -> dict[str, str]:
 
     Raises:
         ServerError: the store holds no archive, lacks a named one, or holds one that is no .mar.
+        ArchiveError: one is not what the manifest beside it says.
     """
     present = sorted(p.name for p in store.glob("*.mar") if not p.name.startswith("."))
     if not present:
@@ -121,6 +128,7 @@ def find_archives(models: Sequence[str], store: Path) -> dict[str, str]:
             raise ServerError(
                 f"{name}: {store / file} is no readable .mar ({error}): build it anew with scripts/archive"
             ) from error
+        check_digest(store / file)
     return found
 
 

