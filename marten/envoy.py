@@ -57,13 +57,12 @@ def launch(config: Path, logs: Path, threads: int) -> int:
         said = (checked.stderr or checked.stdout).strip().splitlines() or ["it says nothing"]
         raise ServerError(f"Envoy refuses {config}: {said[-1][:400]}")
     words += ["-l", "warning", "--log-path", str(logs / "envoy.log"), "--drain-time-s", "20"]
+    told = logs / "envoy.pid"
     with open(logs / "access.jsonl", "ab") as log, open(logs / "envoy.log", "ab") as errors:
         # the wheel's Envoy ends when the process that started it does: so let that be a shell that ends at once
-        shell = ["/bin/sh", "-c", f'"$@" </dev/null >&{log.fileno()} & echo $!', "sh", *words]
-        started = subprocess.run(
-            shell, stdout=subprocess.PIPE, stderr=errors, pass_fds=[log.fileno()], start_new_session=True, check=True
-        )
-    return int(started.stdout)
+        shell = ["/bin/sh", "-c", '"$@" & echo $! >"$0"', str(told), *words]
+        subprocess.run(shell, stdin=subprocess.DEVNULL, stdout=log, stderr=errors, start_new_session=True, check=True)
+    return int(told.read_text())
 
 
 class _Private(http.client.HTTPConnection):

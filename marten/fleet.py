@@ -27,6 +27,9 @@ from marten.serverconfig import CONFIG, INTERFACES, Settings, read_settings
 MOST_IN_FLIGHT = 32
 """Pictures of a model under way in one replica at most: half of `job_queue_size`, so that it can take a dead one's."""
 
+LEAST_IN_FLIGHT = 8
+"""And at least: one batch."""
+
 _TICK_S = 0.05
 _SEEN_WITHIN_S = 20.0
 
@@ -249,7 +252,7 @@ def _fit_in_flight(statuses: Sequence[ModelStatus], running: Running) -> int:
     """Pictures that may be under way at once: what a replica answers in about a second, of its slowest model."""
     workers = int(running.fingerprint["workers"] or 1)
     slowest_s = max(status.latency_s for status in statuses)
-    return max(2 * workers, min(MOST_IN_FLIGHT, round(workers / slowest_s)))
+    return max(LEAST_IN_FLIGHT, min(MOST_IN_FLIGHT, round(workers / slowest_s)))
 
 
 def _announce(fleet: Fleet, ports: Sequence[int]) -> None:
