@@ -6,6 +6,7 @@ table is put in place in one step. Memory holds a few batches, however many pict
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
 import json
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from engines import Engine, choose_engine
-from marten.errors import DataError, PictureError, UsageError
+from marten.errors import DataError, MartenError, PictureError, UsageError
 from marten.files import replacing, write_text
 from marten.fitting import available_cores, available_memory, fit_threads, fit_workers
 from marten.pictures import Sources, natural, opened
@@ -165,6 +166,7 @@ class Table:
 
     Raises:
         UsageError: a partial table of another model, other pictures or another format lies there.
+        MartenError: the disk is full, or the folder cannot be written.
     """
 
     def __init__(self, output: Path, columns: Sequence[str], depends_on: dict[str, Any]) -> None:
@@ -173,7 +175,8 @@ class Table:
         self._told = output.with_name(output.name + ".partial.json")
         self._bad = output.with_name(output.stem + ".bad.csv")
         self._columns = list(columns)
-        output.parent.mkdir(parents=True, exist_ok=True)
+        with self._room():
+            output.parent.mkdir(parents=True, exist_ok=True)
         told = {"columns": self._columns, **depends_on}
         self.done = 0
         self.rejected = 0
@@ -187,8 +190,19 @@ class Table:
                 )
             self._take_up()
         else:
-            self._partial.write_bytes(b"")
+            with self._room():
+                self._partial.write_bytes(b"")
             write_text(self._told, json.dumps(told) + "\n")
+
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise MartenError(
+                f"cannot write {self._partial}: {error.strerror or error}. What is answered is kept, and the same"
+                " command goes on where it can be written again"
+            ) from error
 
     def _take_up(self) -> None:
         """Count the whole rows, and cut off one that was not finished."""
@@ -204,7 +218,7 @@ class Table:
 
     def add(self, rows: Sequence[Row], values: Callable[[list[float]], list[float]]) -> None:
         """Append a batch, synced: what has been added survives a power cut."""
-        with open(self._partial, "a", encoding="utf-8", newline="") as file:
+        with self._room(), open(self._partial, "a", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             for id_, found in rows:
                 if isinstance(found, str):
