@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import email
 import importlib
 import io
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zipfile
 from collections.abc import Iterator
+from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,10 +27,22 @@ from PIL import Image
 from marten.architectures import the_one_class
 from marten.bench import contestants
 from marten.bench.contestants import EXACT, FAST, FITTED, STOCK, make_weights, pack
-from marten.bench.load import draw_photograph, percentile, photographs, put_load
+from marten.bench.load import Asking, draw_photograph, percentile, photographs, put_load
+from marten.bench.peers.launching import OURS, PEERS, QUICKSTART, Peer, launch_peer
 from marten.bench.report import Row, ratios, rows, table, write_report
-from marten.errors import DataError
+from marten.bench.training import (
+    LOADER,
+    NETWORK,
+    TRAINING,
+    TrainingPlan,
+    bench_training,
+    training_figures,
+    training_table,
+    write_training,
+)
+from marten.errors import DataError, ServerError
 from marten.readiness import Address
+from marten.weights import load_model
 from modelspec import load_state_dict
 from tests.conftest import ROOT
 
@@ -163,6 +180,113 @@ def test_a_row_tells_what_was_wanted() -> None:
     assert str(Row("a ÷ b", 0.5, 0.95, False)) == "reached  a ÷ b: 0.5 (wanted ≤ 0.95)"
 
 
+def test_a_picture_is_wrapped_as_the_server_asks_for_it(slow: Address) -> None:
+    picture = draw_photograph(0, (40, 30))
+    body, headers = Asking("POST", "/predict", "json").wrapped(picture)
+    assert base64.b64decode(json.loads(body)["image"]) == picture
+    assert headers == {"Content-Type": "application/json"}
+    body, headers = Asking("POST", "/predict", "form").wrapped(picture)
+    sent = email.message_from_bytes(f"Content-Type: {headers['Content-Type']}\r\n\r\n".encode() + body)
+    (part,) = sent.get_payload()
+    assert (part.get_param("name", header="Content-Disposition"), part.get_filename()) == ("file", "a.jpg")
+    assert part.get_payload(decode=True) == picture
+    assert Asking().wrapped(picture) == (picture, {})
+    load = put_load(slow, ["a"], [picture], 1, 0.1, Asking("PUT", "/elsewhere/{name}"))
+    assert load.requests_s > 0
+    assert set(Slow.asked) == {"/elsewhere/a"}
+
+
+def beside(name: str, contestant: str, rates: list[float]) -> list[dict[str, Any]]:
+    return [record(contestant, rate, what=f"beside {name}", round=turn) for turn, rate in enumerate(rates)]
+
+
+def test_peers_are_told_beside_the_stock_of_their_own_turns(tmp_path: Path) -> None:
+    records = [record(FAST, 50.0), record(STOCK, 10.0)]
+    for name, stock in (("LitServe", [10.0, 20.0]), ("BentoML", [1.0, 2.0])):
+        records += beside(name, STOCK, stock) + beside(name, FAST, [40.0, 80.0])
+        records += beside(name, f"{name}, quickstart", [9.0, 18.0]) + beside(name, f"{name}, our engine", [30.0, 50.0])
+    found = {"records": records, "starts": [], "memory": [], "answers": []}
+    told = "\n".join(table(found))
+    assert "| resnet18 | 8, beside LitServe | LitServe, quickstart | 13.5 | 0.90 (0.90–0.90) |" in told
+    assert "| resnet18 | 8, beside BentoML | BentoML, quickstart | 13.5 | 9.00 (9.00–9.00) |" in told
+    assert [row.text for row in rows(found)] == ["resnet18, 8 clients: req/s × stock", "resnet18, 8 clients: p99 ÷ p50"]
+    write_report(found, tmp_path, lambda line: None)
+    assert Image.open(io.BytesIO((tmp_path / "peers.png").read_bytes())).width > 300
+
+
+def test_a_peer_that_ends_is_told_with_the_end_of_its_log(tmp_path: Path) -> None:
+    class Broken(Peer):
+        def command(self, port: int) -> list[str]:
+            return [sys.executable, "-c", "raise SystemExit('no such network')"]
+
+    with pytest.raises(ServerError, match=r"Broken does not serve .*\n.*no such network"):
+        launch_peer(Broken("Broken", "json", "", Asking()), QUICKSTART, tmp_path / "w", tmp_path / "run", 1, 1, b"")
+    assert not Peer("Nobody's", "no_such_package", "", Asking()).installed
+
+
+@pytest.mark.server
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [QUICKSTART, OURS])
+@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
+def test_a_peer_answers_as_the_network_itself(peer: Peer, way: str, tmp_path: Path) -> None:
+    if not peer.installed:
+        pytest.skip(f"{peer.name} is not installed (requirements-bench.txt)")
+    weights = make_weights("cat_dog_conv_net", tmp_path)
+    network, card = load_model(weights)
+    picture = draw_photograph(1)
+    folder = Path(tempfile.mkdtemp(prefix="mp-"))  # Ray's sockets refuse long paths
+    running = launch_peer(peer, way, weights, folder / "run", 1, 1, picture)
+    try:
+        body, headers = peer.asking.wrapped(picture)
+        connection = HTTPConnection(running.address.host, running.address.port, timeout=60)
+        connection.request(peer.asking.method, peer.asking.path, body, headers)
+        answer = json.loads(connection.getresponse().read())
+        connection.close()
+    finally:
+        running.stop()
+        shutil.rmtree(folder)
+    assert running.process.poll() is not None
+    with torch.inference_mode():
+        (expected,) = card.spec.answers(card.spec.logits(network, card.spec.preprocess(picture)))
+    # torchvision's transform sees another part of the picture; the weights' small outputs keep the answers near
+    assert answer == pytest.approx(expected, abs=2e-3 if way == OURS else 2e-2)
+    assert sum(answer.values()) == pytest.approx(1, abs=1e-4)
+
+
+def test_training_is_told_in_shares_of_what_loader_and_network_allow() -> None:
+    def turn(what: str, turn: int, images_s: float, device: str) -> dict[str, Any]:
+        return {"network": "n", "what": what, "round": turn, "images_s": images_s, "waited": 0.25, "device": device}
+
+    turns = [(40.0, 120.0, 27.0), (400.0, 1200.0, 270.0), (40.0, 120.0, 3.0)]  # the last one was disturbed
+    for device, bound, network in (("cpu", 30.0, 120.0), ("cuda", 40.0, 120.0)):
+        records = [
+            turn(what, number, rate, device)
+            for number, rates in enumerate(turns)
+            for what, rate in zip((LOADER, NETWORK, TRAINING), rates, strict=True)
+        ]
+        (one,) = training_figures(records)
+        assert (one.loader, one.network, one.training, one.waited) == (40.0, 120.0, 27.0, 0.25)
+        assert one.of_bound == pytest.approx(27.0 / bound)
+        assert one.of_network == pytest.approx(27.0 / network)
+        assert f"| n | 40.0 | 120.0 | 27.0 | {27 / bound:.2f} | 0.23 | 25% |" in training_table([one])
+
+
+def test_training_is_measured_as_train_main_trains(tmp_path: Path) -> None:
+    for number in range(12):
+        path = tmp_path / "pictures" / "ab"[number % 2] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(draw_photograph(number, (60, 40)))
+    plan = TrainingPlan(("cat_dog_conv_net",), rounds=1, seconds=0.1, batch_size=2, folder=tmp_path / "pictures")
+    records = bench_training(plan, lambda line: None)
+    assert [r["what"] for r in records] == [LOADER, NETWORK, TRAINING]
+    assert all(r["images_s"] > 0 for r in records)
+    assert records[1]["waited"] == 0  # the network alone waits for nobody
+    assert 0 < records[2]["waited"] < 1
+    paths = write_training(records, {"cores": 2}, tmp_path)
+    assert json.loads(paths[0].read_text())["records"] == records
+    assert Image.open(io.BytesIO(paths[1].read_bytes())).width > 200
+
+
 def bench(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "scripts" / "bench"), "serve", *words]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
@@ -177,7 +301,7 @@ def test_misuse_is_one_line(tmp_path: Path, words: tuple[str, ...]) -> None:
 @pytest.mark.server
 @pytest.mark.slow
 def test_a_small_network_is_measured_from_end_to_end(tmp_path: Path) -> None:
-    words = ("--conv_net", "cat_dog_conv_net", "--rounds", "1", "--seconds", "0.5", "--clients", "1", "4")
+    words = ("--no_peers", "--conv_net", "cat_dog_conv_net", "--rounds", "1", "--seconds", "0.5", "--clients", "1", "4")
     told = bench(*words, "--copies", "1", "--small", "--out", str(tmp_path), cwd=tmp_path)
     assert told.returncode == 0, told.stderr
     found = json.loads((tmp_path / "serving.json").read_text())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import io
+import json
 import math
 import random
 import statistics
@@ -35,10 +37,48 @@ class Load:
     failed: int
 
 
-def put_load(address: Address, names: Sequence[str], bodies: Sequence[bytes], clients: int, seconds: float) -> Load:
+@dataclass(frozen=True)
+class Asking:
+    """How a server wants to be asked; as it stands, how TorchServe does.
+
+    Attributes:
+        method: of HTTP.
+        path: with {name} where the model's name goes.
+        wrap: "" for the picture's bytes alone, "json" for {"image": base64}, "form" for a form's field `file`.
+    """
+
+    method: str = "PUT"
+    path: str = "/predictions/{name}"
+    wrap: str = ""
+
+    def wrapped(self, picture: bytes) -> tuple[bytes, dict[str, str]]:
+        """Body and headers that carry one encoded picture."""
+        if self.wrap == "json":
+            text = json.dumps({"image": base64.b64encode(picture).decode("ascii")})
+            return text.encode("ascii"), {"Content-Type": "application/json"}
+        if self.wrap == "form":
+            mark = "marten-picture"
+            field = 'Content-Disposition: form-data; name="file"; filename="a.jpg"\r\nContent-Type: image/jpeg'
+            body = f"--{mark}\r\n{field}\r\n\r\n".encode() + picture + f"\r\n--{mark}--\r\n".encode()
+            return body, {"Content-Type": f"multipart/form-data; boundary={mark}"}
+        return picture, {"Content-Type": "image/jpeg"} if self.method == "POST" else {}
+
+
+TORCHSERVE = Asking()
+
+
+def put_load(
+    address: Address,
+    names: Sequence[str],
+    bodies: Sequence[bytes],
+    clients: int,
+    seconds: float,
+    asking: Asking = TORCHSERVE,
+) -> Load:
     """Let clients ask for some seconds, each for the models in turn, and wait for the last answers."""
     latencies: list[float] = []
     failures: list[str] = []
+    wrapped = [asking.wrapped(body) for body in bodies]  # before the clock runs
     begun = time.perf_counter()
 
     def ask(client: int) -> None:
@@ -46,9 +86,10 @@ def put_load(address: Address, names: Sequence[str], bodies: Sequence[bytes], cl
         turn = client
         while time.perf_counter() < begun + seconds:
             asked = time.perf_counter()
-            path = f"/predictions/{names[turn % len(names)]}"
+            path = asking.path.format(name=names[turn % len(names)])
+            body, headers = wrapped[turn % len(wrapped)]
             try:
-                connection.request("PUT", path, bodies[turn % len(bodies)])
+                connection.request(asking.method, path, body, headers)
                 answer = connection.getresponse()
                 answer.read()
                 status = str(answer.status)

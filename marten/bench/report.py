@@ -12,7 +12,7 @@ from typing import Any
 
 from marten.bench.contestants import FAST, STOCK
 from marten.bench.load import median
-from marten.bench.serving import LARGE, LIMIT
+from marten.bench.serving import BESIDE, LARGE, LIMIT
 from marten.files import replacing, write_text
 
 TIMES_STOCK = {"base_cnn": 4.0, "resnet18": 3.8, "vgg": 3.0}
@@ -141,7 +141,7 @@ def machine() -> dict[str, Any]:
 
 
 def write_report(found: Mapping[str, Any], folder: Path, say: Callable[[str], None]) -> None:
-    """Write serving.json and serving.png.
+    """Write serving.json, serving.png and, where peers were met, peers.png.
 
     Raises:
         MartenError: the folder cannot be written.
@@ -149,6 +149,9 @@ def write_report(found: Mapping[str, Any], folder: Path, say: Callable[[str], No
     write_text(folder / "serving.json", json.dumps(found, indent=1) + "\n")
     _plot(found, folder / "serving.png")
     say(f"wrote {folder / 'serving.json'} and {folder / 'serving.png'}")
+    if any(record["what"].startswith(BESIDE) for record in found["records"]):
+        _plot_peers(found, folder / "peers.png")
+        say(f"wrote {folder / 'peers.png'}")
 
 
 def _plot(found: Mapping[str, Any], path: Path) -> None:
@@ -175,5 +178,34 @@ def _plot(found: Mapping[str, Any], path: Path) -> None:
         axes.set_title(network)
         axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+    with replacing(path) as neighbour:
+        figure.savefig(neighbour, format="png", dpi=110)
+
+
+def _plot_peers(found: Mapping[str, Any], path: Path) -> None:
+    """Multiples of stock of every peer and of ours, at the largest number of clients; lines from least to most."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    groups = {key: turns for key, turns in grouped(found["records"]).items() if key[3].startswith(BESIDE)}
+    clients = max(key[2] for key in groups)
+    networks = list(dict.fromkeys(key[0] for key in groups))
+    bars: dict[str, dict[str, list[float]]] = {network: {} for network in networks}
+    for (network, contestant, n, what), turns in groups.items():
+        if n == clients and contestant != STOCK:
+            stock = groups[network, STOCK, n, what]
+            bars[network].setdefault(contestant, []).extend(ratios(turns, stock))  # ours met stock beside every peer
+    figure = Figure(figsize=(4.2 * len(networks) + 1, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, network in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks, strict=True):
+        names = sorted(bars[network], key=lambda name: median(bars[network][name]))
+        middle = [median(bars[network][name]) for name in names]
+        spread = [[m - min(bars[network][name]) for name, m in zip(names, middle, strict=True)]]
+        spread.append([max(bars[network][name]) - m for name, m in zip(names, middle, strict=True)])
+        axes.barh(names, middle, 0.7, xerr=spread, color=["C1" if name == FAST else "C0" for name in names])
+        axes.axvline(1, color="0.5", linewidth=0.8)
+        axes.set_xlabel(f"requests per second × stock, {clients} clients")
+        axes.set_title(network)
+        axes.spines[["top", "right"]].set_visible(False)
     with replacing(path) as neighbour:
         figure.savefig(neighbour, format="png", dpi=110)

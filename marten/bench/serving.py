@@ -13,11 +13,16 @@ from typing import Any
 
 from marten.bench.contestants import EXACT, FAST, FITTED, STOCK, Contestant, launch, make_weights, pack
 from marten.bench.limit import Limit
-from marten.bench.load import Load, draw_photograph, photographs, put_load
+from marten.bench.load import TORCHSERVE, Load, draw_photograph, photographs, put_load
+from marten.bench.peers.launching import OURS, PEERS, QUICKSTART, Peer, launch_peer
+from marten.errors import ServerError
+from marten.fitting import available_cores
 from marten.readiness import request
 
 LIMIT = "in process"
 LARGE = "12 MP"
+BESIDE = "beside "
+"""Begins what the turns with a peer measure: each peer has turns of its own with two of our contestants."""
 _LARGE_PX = (4000, 3000)
 
 
@@ -32,20 +37,22 @@ class Plan:
         seconds: each turn lasts.
         copies: models registered at once in the last part; 1 leaves it out.
         large: whether 12-megapixel pictures are asked about too.
+        peers: whether other programs that serve are measured too, those that are installed.
         folder: of photographs; None draws them.
     """
 
-    networks: Sequence[str] = ("base_cnn", "resnet18")
+    networks: Sequence[str] = ("base_cnn", "resnet18", "vgg")
     clients: Sequence[int] = (1, 8, 32)
     rounds: int = 3
     seconds: float = 5.0
     copies: int = 4
     large: bool = True
+    peers: bool = True
     folder: Path | None = None
 
 
 def bench_serving(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
-    """Measure everything; takes about networks x clients x 4 x rounds x seconds, and 20 s of starting for each network.
+    """Measure everything; takes about networks x clients x (5 + 4 x peers) x rounds x seconds, and the starts.
 
     Args:
         plan: what is measured.
@@ -81,6 +88,12 @@ def bench_serving(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
                     found["starts"].append(start)
                 found["answers"].append({"network": network, "largest": _largest_gap(servers[-2], servers[-1], bodies)})
                 _take_turns(plan, network, servers, limit, bodies, found, say)
+                threads = servers[-1].threads
+            for peer in PEERS if plan.peers else ():
+                if peer.installed:
+                    _meet_peer(plan, network, peer, threads, stores, weights, bodies, found, say)
+                else:
+                    say(f"{peer.name} is left out: it is not installed (requirements-bench.txt)")
             if plan.copies > 1 and network == plan.networks[-1]:
                 _register_more(plan, network, stores, bodies, found, say)
     return found
@@ -106,6 +119,41 @@ def _take_turns(
         for each in order if plan.large else ():
             load = put_load(each.address, each.names, large, 8, plan.seconds)
             _note(found, say, network, each.name, 8, LARGE, turn, load)
+
+
+def _meet_peer(
+    plan: Plan,
+    network: str,
+    peer: Peer,
+    threads: int,
+    stores: dict[str, Path],
+    weights: Path,
+    bodies: Sequence[bytes],
+    found: dict[str, Any],
+    say: Callable[[str], None],
+) -> None:
+    """Turns of one peer, both ways, with stock and with our fast server: never more than four servers at once."""
+    with contextlib.ExitStack() as stack:
+        ours = {kind: _launched(stack, kind, stores[kind]) for kind in (STOCK, FAST)}
+        contestants = [(kind, each.address, each.names, TORCHSERVE) for kind, each in ours.items()]
+        for way in (QUICKSTART, OURS):
+            folder = weights.parent / f"{peer.package}-{way.split()[0]}"
+            workers = max(1, available_cores() // threads)
+            try:
+                running = launch_peer(peer, way, weights, folder, workers, threads, bodies[0])
+            except ServerError as error:
+                say(str(error))
+                continue
+            stack.callback(running.stop)
+            found["starts"].append({"network": network, "contestant": running.name, "start_s": running.start_s})
+            contestants.append((running.name, running.address, [""], running.asking))
+        for _, address, names, asking in contestants:
+            put_load(address, names, bodies, 4, 1.0, asking)
+        for turn in range(plan.rounds):
+            for clients in plan.clients:
+                for name, address, names, asking in contestants:
+                    load = put_load(address, names, bodies, clients, plan.seconds, asking)
+                    _note(found, say, network, name, clients, BESIDE + peer.name, turn, load)
 
 
 def _register_more(
