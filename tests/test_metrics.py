@@ -164,3 +164,11 @@ def test_every_panel_has_data_behind_it(prometheus: Address, server: Serve) -> N
     (refused,) = query(prometheus, 'marten:refused_share:rate5m{ModelName="pets"}')
     assert float(refused["value"][1]) == pytest.approx(1 / 7, abs=0.08)
     assert query(prometheus, 'ALERTS{alertstate="firing"}') == []
+
+
+def test_compose_mounts_what_is_there() -> None:
+    services = yaml.safe_load((ROOT / "deployment" / "compose.yaml").read_text(encoding="utf-8"))["services"]
+    for name in ("prometheus", "grafana"):
+        sources = [volume.split(":")[0] for volume in services[name]["volumes"]]
+        assert [s for s in sources if s.startswith(".") and not (ROOT / "deployment" / s).exists()] == []
+        assert all(port.startswith("127.0.0.1:") for port in services[name]["ports"])
