@@ -17,7 +17,7 @@ import urllib.request
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from marten.errors import DataError
 from marten.files import replacing, write_text
@@ -75,7 +75,7 @@ def keep_places(
             if state.tag and stream.tag != state.tag:
                 raise DataError(f"{source} is another file than when this began: remove {into} to start anew")
             state.tag = stream.tag
-            with tarfile.open(fileobj=stream, mode="r|") as archive:
+            with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|") as archive:
                 for member in archive:
                     state.mark(member.offset + stream.start)
                     place = _place(member.name, wanted)

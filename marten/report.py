@@ -5,10 +5,9 @@ It is put together from what the run and `scripts/evaluate` wrote; no picture is
 
 from __future__ import annotations
 
-import base64
 import csv
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -16,9 +15,9 @@ from typing import Any
 
 from marten.charts import chart
 from marten.errors import DataError
+from marten.pages import facts, figure, gallery, headline, jpeg_address, page, scrolling, section, table
 from modelspec import ModelCard
 
-_STYLE = Path(__file__).with_suffix(".css")
 _MOST_CLASSES = 40
 """Classes up to which the confusion matrix and the class table show all; beyond, the most mistaken ones."""
 
@@ -71,8 +70,7 @@ def read_records(model: Path, evaluation: Path | None = None) -> Records:
             mistakes = json.loads((folder / "mistakes.json").read_text(encoding="utf-8"))
         for one in mistakes:
             for key in ("picture", "cam"):
-                data = base64.b64encode((folder / one[key]).read_bytes()).decode("ascii")
-                one[key] = f"data:image/jpeg;base64,{data}"
+                one[key] = jpeg_address((folder / one[key]).read_bytes())
     elif evaluation:
         raise DataError(f"no evaluation.json in {evaluation}: run scripts/evaluate --out {evaluation} first")
     return Records(card, _rows(run / "metrics.jsonl"), _rows(run / "timing.jsonl"), told, predictions, mistakes)
@@ -82,25 +80,17 @@ def report_page(records: Records) -> str:
     """The page, as HTML text."""
     card = records.card
     title = f"{card.spec.name}: {card.data.get('name') or 'a trained model'}"
-    body = [
-        f"<header><h1>{escape(title)}</h1><p class='soft'>{escape(_subtitle(card))}</p>{_headline(records)}</header>",
-        "<main>",
+    parts = [
         _curves(records),
         _figures(records.evaluation),
         _confusion(records.evaluation),
         _probabilities(records),
         _gallery(records.mistakes),
         _data(records),
-        _section("Settings", _facts(card.training)),
-        _section("How it came about", _origin(card)),
-        "</main>",
+        section("Settings", facts(card.training)),
+        section("How it came about", _origin(card)),
     ]
-    head = (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width,initial-scale=1'>"
-        f"<title>{escape(title)}</title><style>{_STYLE.read_text(encoding='utf-8')}</style></head><body>"
-    )
-    return head + "\n".join(part for part in body if part) + "</body></html>\n"
+    return page(title, _subtitle(card), _headline(records), parts)
 
 
 def told_share(share: Mapping[str, Any] | None, digits: int = 4) -> str:
@@ -149,10 +139,10 @@ def _subtitle(card: ModelCard) -> str:
 def _headline(records: Records) -> str:
     scores = records.evaluation.get("scores")
     if scores:
-        items = [(name, figure) for name, figure, _ in figure_rows(scores)[:1]]
+        items = [(name, value) for name, value, _ in figure_rows(scores)[:1]]
         about = records.evaluation["data"]
         items += [("pictures asked", f"{scores['count']} ({about['part']})")]
-        items += [(name, figure) for name, figure, _ in figure_rows(scores) if name in ("log loss", "R²", "Spearman")]
+        items += [(name, value) for name, value, _ in figure_rows(scores) if name in ("log loss", "R²", "Spearman")]
     else:
         items = [
             (name.replace("_", " "), told_share(one))
@@ -160,11 +150,10 @@ def _headline(records: Records) -> str:
             if isinstance(one, Mapping) and "value" in one
         ]
     cells = []
-    for name, figure in items:
-        value, _, interval = figure.partition(" [")
-        told = f"95 % interval {interval.rstrip(']')}" if interval else ""
-        cells.append(f"<li>{escape(name)}<b>{escape(value)}</b><span class='soft'>{escape(told)}</span></li>")
-    return f"<ul class='headline'>{''.join(cells)}</ul>"
+    for name, told in items:
+        value, _, interval = told.partition(" [")
+        cells.append((name, value, f"95 % interval {interval.rstrip(']')}" if interval else ""))
+    return headline(cells)
 
 
 def _curves(records: Records) -> str:
@@ -180,17 +169,17 @@ def _curves(records: Records) -> str:
         if series:
             ends = "; ".join(f"{told} from {p[0][1]:.3f} to {p[-1][1]:.3f}" for told, p in series.items())
             word = {"mae": "mean absolute error"}.get(name, name)
-            drawn.append(_figure(chart(f"{word} by epoch: {ends}", series, "epoch", word), word.capitalize()))
+            drawn.append(figure(chart(f"{word} by epoch: {ends}", series, "epoch", word), word.capitalize()))
     rates = [(row["epoch"], row["lr"]) for row in records.history]
-    drawn.append(_figure(chart("learning rate by epoch", {"lr": rates}, "epoch", "learning rate"), "Learning rate"))
-    return _section("Training, epoch by epoch", f"<div class='charts'>{''.join(drawn)}</div>")
+    drawn.append(figure(chart("learning rate by epoch", {"lr": rates}, "epoch", "learning rate"), "Learning rate"))
+    return section("Training, epoch by epoch", f"<div class='charts'>{''.join(drawn)}</div>")
 
 
 def _figures(evaluation: Mapping[str, Any]) -> str:
     if not evaluation:
-        return _section("Figures", "<p>Not evaluated yet: <code>scripts/evaluate</code> adds figures and mistakes.</p>")
+        return section("Figures", "<p>Not evaluated yet: <code>scripts/evaluate</code> adds figures and mistakes.</p>")
     scores = evaluation["scores"]
-    whole = _table(("figure", "value [95 % interval]", "what it tells"), figure_rows(scores))
+    whole = table(("figure", "value [95 % interval]", "what it tells"), figure_rows(scores))
     rows = [
         (
             one["label"],
@@ -204,8 +193,8 @@ def _figures(evaluation: Mapping[str, Any]) -> str:
     ]
     if rows:
         whole += "<p class='soft'>By class:</p>"
-        whole += _table(("class", "pictures", "precision", "recall", "F1", "area under ROC"), rows)
-    return _section(f"Figures on {evaluation['data']['name']} ({evaluation['data']['part']})", whole)
+        whole += table(("class", "pictures", "precision", "recall", "F1", "area under ROC"), rows)
+    return section(f"Figures on {evaluation['data']['name']} ({evaluation['data']['part']})", whole)
 
 
 def _worst_classes(per_class: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -222,7 +211,7 @@ def _confusion(evaluation: Mapping[str, Any]) -> str:
     if len(labels) > _MOST_CLASSES:
         pairs = [(n, i, j) for i, row in enumerate(matrix) for j, n in enumerate(row) if i != j and n]
         rows = [(labels[i], labels[j], str(n)) for n, i, j in sorted(pairs, reverse=True)[:_MOST_CLASSES]]
-        return _section("What is taken for what, most often", _table(("is", "was answered", "pictures"), rows))
+        return section("What is taken for what, most often", table(("is", "was answered", "pictures"), rows))
     head = "".join(f"<th scope='col'>{escape(name)}</th>" for name in labels)
     lines = []
     for name, row in zip(labels, matrix, strict=True):
@@ -230,9 +219,9 @@ def _confusion(evaluation: Mapping[str, Any]) -> str:
         cells = [f"<td class='cell' style='--share:{s:.3f}'>{n}</td>" for n, s in zip(row, shares, strict=True)]
         lines.append(f"<tr><th scope='row'>{escape(name)}</th>{''.join(cells)}</tr>")
     top = f"<thead><tr><th scope='col'>is \\ answered</th>{head}</tr></thead>"
-    table = f"<table>{top}<tbody>{''.join(lines)}</tbody></table>"
+    matrix_table = f"<table>{top}<tbody>{''.join(lines)}</tbody></table>"
     note = "<p class='soft'>Rows are what a picture shows, columns what was answered.</p>"
-    return _section("Confusion matrix", note + _scrolling(table, "Confusion matrix"))
+    return section("Confusion matrix", note + scrolling(matrix_table, "Confusion matrix"))
 
 
 def _probabilities(records: Records) -> str:
@@ -244,7 +233,7 @@ def _probabilities(records: Records) -> str:
         sizes = ", ".join(str(one["accuracy"]["count"]) for one in scores["calibration"]["bins"])
         picture = chart(told, {"answers": points}, "confidence", "share right", (0, 1), (0, 1), diagonal=True)
         drawn.append(
-            _figure(
+            figure(
                 picture,
                 f"Reliability: on the dashed line a probability means what it says. Pictures per point: {sizes}.",
             )
@@ -261,13 +250,13 @@ def _probabilities(records: Records) -> str:
                 picture = chart(
                     f"{told} of {', '.join(series)}", series, x, y, (0, 1), (0, 1.02), diagonal=key == "roc"
                 )
-                drawn.append(_figure(picture, f"{told} of {', '.join(series)}."))
+                drawn.append(figure(picture, f"{told} of {', '.join(series)}."))
     elif "mae" in scores:
         points = [(float(row["score"]), float(row["answer"])) for row in records.predictions[:2000]]
         told = f"answers against true scores of {len(points)} pictures"
-        drawn.append(_figure(chart(told, {"pictures": points}, "true score", "answer", diagonal=True, dots=True), told))
+        drawn.append(figure(chart(told, {"pictures": points}, "true score", "answer", diagonal=True, dots=True), told))
     title = "What the probabilities are worth" if "calibration" in scores else "Answers and truth"
-    return _section(title, f"<div class='charts'>{''.join(drawn)}</div>") if drawn else ""
+    return section(title, f"<div class='charts'>{''.join(drawn)}</div>") if drawn else ""
 
 
 def _gallery(mistakes: Sequence[Mapping[str, Any]]) -> str:
@@ -277,13 +266,10 @@ def _gallery(mistakes: Sequence[Mapping[str, Any]]) -> str:
     for one in mistakes:
         sure = f" {100 * one['confidence']:.1f} %" if one.get("confidence") is not None else ""
         told = f"answered {one['answer']}{sure}, labelled {one['label']}"
-        items.append(
-            f"<li><div class='pair'><img src='{one['picture']}' alt='{escape(one['path'])}' loading='lazy'>"
-            f"<img src='{one['cam']}' alt='where the network looked' loading='lazy'></div>"
-            f"{escape(told)}<br><span class='soft'>{escape(one['path'])}</span></li>"
-        )
+        seen = ((one["picture"], one["path"]), (one["cam"], "where the network looked"))
+        items.append((seen, told, one["path"]))
     note = "<p class='soft'>Worst first; beside each, what spoke for the answer (Grad-CAM, yellow most).</p>"
-    return _section("Worst mistakes", f"{note}<ul class='gallery'>{''.join(items)}</ul>")
+    return section("Worst mistakes", note + gallery(items))
 
 
 def _data(records: Records) -> str:
@@ -291,55 +277,20 @@ def _data(records: Records) -> str:
     parts = {key: value for key, value in records.card.data.items() if isinstance(value, Mapping)}
     rows = [(part, *(f"{n:,}" if isinstance(n, int) else str(n) for n in one.values())) for part, one in parts.items()]
     heads = next((list(one) for one in parts.values()), [])
-    table = _table(("part", *heads), rows) if rows and all(list(one) == heads for one in parts.values()) else ""
-    told = table or "".join(_facts({f"{part} {k}": v for k, v in one.items()}) for part, one in parts.items())
-    return _section("Data", told + _facts(data))
+    alike = rows and all(list(one) == heads for one in parts.values())
+    told = (
+        table(("part", *heads), rows)
+        if alike
+        else "".join(facts({f"{part} {k}": v for k, v in one.items()}) for part, one in parts.items())
+    )
+    return section("Data", told + facts(data))
 
 
 def _origin(card: ModelCard) -> str:
     command = card.provenance.get("command", "")
     rest = {key: value for key, value in card.provenance.items() if key != "command"}
     shown = f"<pre tabindex='0'>{escape(str(command))}</pre>" if command else ""
-    return shown + _facts({**rest, "weights sha256": card.weights_sha256})
-
-
-# --------------------------------------------------------------------------------------------------- the pieces
-
-
-def _section(title: str, inside: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{inside}</section>"
-
-
-def _figure(picture: str, caption: str) -> str:
-    return f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    words = [" class='words'" if name == "what it tells" else "" for name in heads]
-    head = "".join(f"<th scope='col'{kind}>{escape(name)}</th>" for name, kind in zip(heads, words, strict=True))
-    lines = []
-    for first, *rest in rows:
-        cells = [f"<td{kind}>{escape(cell)}</td>" for cell, kind in zip(rest, words[1:], strict=True)]
-        lines.append(f"<tr><th scope='row'>{escape(first)}</th>{''.join(cells)}</tr>")
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-    return _scrolling(table, ", ".join(heads))
-
-
-def _scrolling(table: str, name: str) -> str:
-    return f"<div class='wide' tabindex='0' role='region' aria-label='{escape(name)}'>{table}</div>"
-
-
-def _facts(facts: Mapping[str, Any]) -> str:
-    lines = [
-        f"<dt>{escape(str(key).replace('_', ' '))}</dt><dd>{escape(_plain(value))}</dd>" for key, value in facts.items()
-    ]
-    return f"<dl>{''.join(lines)}</dl>"
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_plain, value))
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping) else "–" if value == "" else str(value)
+    return shown + facts({**rest, "weights sha256": card.weights_sha256})
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
