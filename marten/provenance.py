@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import os
 import platform
 import shlex
 import subprocess
@@ -36,6 +37,10 @@ def _without_place(word: str) -> str:
 
 @functools.cache
 def _commit() -> str:
+    # an image has no history, and is told at its build
+    told = os.environ.get("MARTEN_COMMIT", "")
+    if told and not (ROOT / ".git").exists():
+        return told
     # once: the tree may change while a run of days goes on with the code that it has loaded
     def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=10, check=True)

@@ -25,7 +25,6 @@ from marten.serverlog import last_words
 LOAD_TIMEOUT_S = 120.0
 _TICK_S = 0.1
 _DEFAULT_RESPONSE_TIMEOUT_S = 120
-_FAILED_STATES = {"WORKER_ERROR", "WORKER_STOPPED", "WORKER_SCALED_DOWN"}
 
 
 def can_roll_out(running: Running) -> bool:
@@ -77,8 +76,9 @@ def _replace(running: Running, name: str, file: str, old: str, new: str, timeout
     # synchronous=true would hold one of the few threads that also read pictures, for as long as the model loads
     words = {"url": file, "model_name": name, "initial_workers": workers, "synchronous": "false"}
     try:
+        failures = _load_failures(running, name)
         _manage(management, "POST", f"/models?{urlencode(words)}", timeout_s)
-        _wait_until_loaded(running, name, new, timeout_s)
+        _wait_until_loaded(running, name, new, failures, timeout_s)
         status = ask_model(inference, f"{name}/{new}", timeout_s)
         if not status.ready:
             raise ServerError(f"it does not answer a picture: {status.reason}")
@@ -92,18 +92,27 @@ def _replace(running: Running, name: str, file: str, old: str, new: str, timeout
     _manage(management, "DELETE", f"/models/{name}/{old}", timeout_s)
 
 
-def _wait_until_loaded(running: Running, name: str, version: str, timeout_s: float) -> None:
+def _wait_until_loaded(running: Running, name: str, version: str, failures: int, timeout_s: float) -> None:
+    """Wait for every worker of a version, but no longer than until TorchServe's log tells of one more failure."""
     deadline = time.monotonic() + timeout_s
     while True:
         workers = _describe(running.addresses["management"], f"{name}/{version}").get("workers", [])
-        states = {worker["status"] for worker in workers}
-        if states == {"READY"}:
+        if workers and all(worker["status"] == "READY" for worker in workers):
             return
-        if states & _FAILED_STATES:
-            raise ServerError(f"it does not load: {last_words(running.logs, name) or ', '.join(states)}")
+        # not by the worker's state: one that dies is started again at once, and again
+        if _load_failures(running, name) > failures:
+            raise ServerError(f"it does not load: {last_words(running.logs, name) or 'see ' + str(running.logs)}")
         if time.monotonic() > deadline:
             raise ServerError(f"it has not loaded within {timeout_s:.0f} s; see {running.logs}/model_log.log")
         time.sleep(_TICK_S)
+
+
+def _load_failures(running: Running, name: str) -> int:
+    try:
+        log = (running.logs / "ts_log.log").read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return 0
+    return log.count(f" Load model failed: {name},")
 
 
 def _let_finish(management: Address, name: str, version: str, timeout_s: float) -> None:

@@ -35,7 +35,7 @@ RUN pip install --no-cache-dir --only-binary :all: ${TORCH_INDEX:+--extra-index-
 WORKDIR /app
 COPY modelspec.py ./
 COPY marten marten
-COPY scripts/serve scripts/archive scripts/
+COPY scripts/serve scripts/archive scripts/store scripts/
 COPY deployment/config.properties deployment/log4j2.xml deployment/docker/container.properties deployment/
 # the last line of a key wins: the laptop's properties, then the few that differ inside a container
 RUN cat deployment/container.properties >>deployment/config.properties \
