@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from scipy import stats
 from sklearn import metrics
 
+from marten.archive import plan_archive, write_archive
 from marten.evaluate import ask, evaluate, pictures_to_ask
 from marten.files import ROOT
 from marten.objectives import Classes, Scores
@@ -24,6 +25,7 @@ from marten.scores import regression_scores, spearman
 from marten.settings import Settings
 from marten.training import train
 from marten.weights import load_model
+from tests.servers import Serve, free_ports
 
 GREEN = (20, 200, 40)
 
@@ -131,6 +133,33 @@ def test_commands_judge_report_and_archive_it(model: Path, greens: Path, tmp_pat
     (mar,) = tmp_path.glob("*.mar")
     with zipfile.ZipFile(mar) as archive:
         assert json.loads(archive.read("model_green.json"))["spec"]["task"] == "regression"
+
+
+@pytest.mark.server
+def test_a_live_torchserve_answers_a_score(model: Path, greens: Path, tmp_path: Path) -> None:
+    planned = plan_archive(model, name="green", export_path=tmp_path / "store")
+    write_archive(planned)
+    server = Serve(planned.export_path, tmp_path / "run", free_ports())
+    started = server.run("start", "green")
+    assert started.returncode == 0, started.stderr
+    try:
+        network, card = load_model(model)
+        pictures, _ = pictures_to_ask(card, greens)
+        samples = pictures.samples[:12]
+        wanted = card.spec.answers(torch.from_numpy(ask(network, card.spec, samples)))
+        answers = []
+        for sample, expected in zip(samples, wanted, strict=True):
+            status, body = server.ask("green", sample.path.read_bytes())
+            assert status == 200, body
+            answer = json.loads(body)
+            assert set(answer) == {"score"}
+            assert answer["score"] == pytest.approx(expected["score"], abs=1e-3)
+            answers.append(answer["score"])
+        assert spearman(np.array([s.score for s in samples]), np.array(answers)) > 0.3
+        status, body = server.ask("green", b"no picture")
+        assert (status, json.loads(body)["code"]) == (415, 415)
+    finally:
+        assert server.run("stop", "--drain_s", "0").returncode == 0
 
 
 @pytest.mark.parametrize("seed", range(4))
