@@ -85,3 +85,59 @@ def _ticks(low: float, high: float) -> list[float]:
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [round(n * step, 12) for n in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def parallel(told: str, axes: Mapping[str, Sequence[str | float]], worth: Sequence[float]) -> str:
+    """Draw things with several properties as lines over as many upright axes.
+
+    Args:
+        told: what a reader who does not see it is told.
+        axes: by name, the value of each thing; numbers, or words. Numbers over three decades or more, all above 0, are
+            spread by their logarithm.
+        worth: of each thing, lower is better; the best is drawn last and boldly.
+
+    Returns:
+        An <svg> element.
+    """
+    width, height, top, bottom = 160 * max(len(axes), 3), 300, 24, 40
+    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(told)}">']
+    places, words = [], []
+    for number, (name, values) in enumerate(axes.items()):
+        x = 60 + number * (width - 120) / max(len(axes) - 1, 1)
+        ups, marks = _spread(values)
+        places.append([(x, height - bottom - up * (height - top - bottom)) for up in ups])
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{height - bottom}"/>')
+        words.append(f'<text x="{x:.1f}" y="{height - 12}" text-anchor="middle">{escape(name)}</text>')
+        for up, word in marks:
+            y = height - bottom - up * (height - top - bottom)
+            words.append(
+                f'<text class="over" x="{x - 6:.1f}" y="{y:.1f}" dy="4" text-anchor="end">{escape(word)}</text>'
+            )
+    order = sorted(range(len(worth)), key=lambda i: -worth[i])
+    for rank, i in enumerate(order, 1):
+        points = " ".join(f"{column[i][0]:.1f},{column[i][1]:.1f}" for column in places)
+        is_best = rank == len(order)
+        faint = 0.15 + 0.35 * rank / len(order)
+        style = (
+            'class="line s1" style="stroke-width:3.5"' if is_best else f'class="line s0" style="opacity:{faint:.2f}"'
+        )
+        parts.append(f'<polyline {style} points="{points}"/>')
+    return "".join(parts + words) + "</svg>"
+
+
+def _spread(values: Sequence[str | float]) -> tuple[list[float], list[tuple[float, str]]]:
+    """Where each value stands on an axis from 0 to 1, and the marks beside the axis."""
+    numbers = [value for value in values if isinstance(value, int | float)]
+    if len(numbers) < len(values):
+        words = sorted({str(value) for value in values})
+        at = {word: (number + 0.5) / len(words) for number, word in enumerate(words)}
+        return [at[str(value)] for value in values], [(up, word) for word, up in at.items()]
+    low, high = min(numbers), max(numbers)
+    if low == high:
+        return [0.5] * len(numbers), [(0.5, f"{low:.3g}")]
+    by_log = low > 0 and high / low >= 1000
+    change = math.log10 if by_log else float
+    ends = change(low), change(high)
+    marks = [10 ** (ends[0] + (ends[1] - ends[0]) * up) if by_log else low + (high - low) * up for up in (0, 0.5, 1)]
+    ups = [(change(number) - ends[0]) / (ends[1] - ends[0]) for number in numbers]
+    return ups, [(up, f"{mark:.3g}") for up, mark in zip((0.0, 0.5, 1.0), marks, strict=True)]
