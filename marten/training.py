@@ -7,11 +7,10 @@ keep the best. Everything that the result depends on is in the settings or in th
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,27 +18,26 @@ from typing import Any
 import torch
 
 from marten.alone import alone
-from marten.architectures import Architecture, find_architecture
+from marten.architectures import find_architecture
 from marten.batches import Batch, Batches, Pictures
 from marten.checkpoint import load_checkpoint, save_checkpoint
-from marten.datasets import PictureSet, Sample, split, split_table
 from marten.devices import Runtime, choose_runtime
-from marten.distributed import ALONE, World, exit_code, find_world, joined, moved
+from marten.distributed import ALONE, World, exit_code, find_world, joined
 from marten.errors import CHECKPOINTED, DONE, DataError, TrainingError, UsageError
 from marten.files import write_text
 from marten.interrupt import REASONS, Interrupt
 from marten.learner import Learner
+from marten.material import find_material
 from marten.metrics import Running, share_with_interval, wilson_interval
 from marten.objectives import MEASURES
 from marten.progress import Bar, console, say
 from marten.provenance import provenance
-from marten.runlog import Pace, epoch_line, look_at, write_metrics, write_rates
-from marten.scoretable import LAYOUT, fit_scale, standard_of
+from marten.runlog import Pace, epoch_line, write_metrics, write_rates
 from marten.settings import Settings
 from marten.tracking import Tracked, Trackers
 from marten.weighing import weigh
 from marten.weights import save_model
-from modelspec import ModelCard, ModelSpec
+from modelspec import ModelCard
 
 History = list[dict[str, Any]]
 
@@ -101,24 +99,19 @@ class Run:
         before = self._found[0] if self._found else {}
         # what was begun in one number format goes on in it, whatever another machine's "auto" would choose
         precision = before.get("precision", "auto") if settings.precision == "auto" else settings.precision
-        self.runtime = choose_runtime(settings.device, precision, world)
-        self.pictures = self._look()
-        self.training, self.validation = split(self.pictures.samples, settings.validation_split, settings.seed)
-        self._scale = fit_scale(self.training, settings.score_range) if self.pictures.layout == LAYOUT else None
-        if self._scale:
-            self.training, self.validation = self._scale.apply(self.training), self._scale.apply(self.validation)
-        self._split_table = split_table(self.pictures.labels, self.training, self.validation)
-        self.spec = _spec(settings, self.architecture, self.pictures, self.training)
-        self._measure = MEASURES[self.spec.task]
-        self.learner = Learner(settings, self.architecture, self.spec, self.runtime, before.get("origin"), world)
+        own = choose_runtime(settings.device, precision, world)
+        self.runtime = replace(own, precision=world.first(lambda: own.precision))
+        self.material = material = find_material(settings, self.architecture, world)
+        self._measure = MEASURES[material.spec.task]
+        self.learner = Learner(settings, self.architecture, material.spec, self.runtime, before.get("origin"), world)
         workers = settings.num_workers if settings.num_workers >= 0 else min(8, world.cpus)
-        pre = self.spec.preprocess
+        pre = material.spec.preprocess
         pin = self.runtime.device.type == "cuda"
-        weighed = weigh(self.training, settings.weigh) if settings.weigh else self.training
+        weighed = weigh(material.training, settings.weigh) if settings.weigh else material.training
         pictures = Pictures(weighed, pre, settings.augment, settings.seed)
         loading: dict[str, Any] = {"workers": workers, "pin": pin, "world": world}
         self.batches = Batches(pictures, settings.batch_size, shuffle=True, **loading)
-        held_out = Pictures(self.validation, pre)
+        held_out = Pictures(material.validation, pre)
         self.held_out = Batches(held_out, settings.batch_size, shuffle=False, **loading)
 
         self.epoch = 0
@@ -212,7 +205,7 @@ class Run:
             f"train_{self._measure}": seen.accuracy,
             "train_count": seen.count,
         }
-        if self.validation:
+        if self.material.validation:
             with Bar("Validating", len(self.held_out)) as bar:
                 batches = bar.over(self.held_out.epoch(self.epoch))
                 stop = partial(self._must_stop, interrupt)
@@ -234,7 +227,7 @@ class Run:
         if judged <= self.best["loss"]:
             self._keep_best(judged)
         if self.world.is_first:
-            title = f"{self.settings.conv_net}, {len(self.training)} pictures"
+            title = f"{self.settings.conv_net}, {len(self.material.training)} pictures"
             write_metrics(self.settings.run_folder, self.history, self._pace, title)
             write_rates(self.settings.run_folder, self.rates)
         self._trackers.tell(self.history)
@@ -244,7 +237,7 @@ class Run:
         return True
 
     def _keep_best(self, loss: float) -> None:
-        kind, before = "Val" if self.validation else "Train", self.best["loss"]
+        kind, before = "Val" if self.material.validation else "Train", self.best["loss"]
         say(f"{kind} loss decreased {before:.6f} --> {loss:.6f}. Saving model at {self.settings.weights_path}")
         state = {name: t.detach().cpu().clone() for name, t in self.learner.candidate.state_dict().items()}
         self.best = {"loss": loss, "epoch": self.epoch, "state": state}
@@ -254,7 +247,7 @@ class Run:
         if not self.world.is_first:
             return
         metrics: dict[str, Any] = {}
-        if self.validation:
+        if self.material.validation:
             value, count = measured[f"validation_{self._measure}"], measured["validation_count"]
             is_share = self._measure == "accuracy"
             told = share_with_interval(round(value * count), count) if is_share else {"value": value, "count": count}
@@ -264,7 +257,7 @@ class Run:
 
     def _finish(self) -> None:
         """Judge the best weights once more as the server will run them, in fp32, and tell how it went."""
-        if self.validation:
+        if self.material.validation:
             network = self.learner.network
             network.load_state_dict(self.best["state"])
             exact = Runtime(self.runtime.device, "fp32")
@@ -297,8 +290,8 @@ class Run:
             self._checkpoint_path,
             {
                 "settings": self.settings.shaping(),
-                "data": self.pictures.digest,
-                "split": hashlib.sha256(self._split_table.encode()).hexdigest(),
+                "data": self.material.pictures.digest,
+                "split": self.material.split_digest,
                 "precision": str(self.runtime.precision),
                 "origin": self.learner.origin,
                 "epoch": self.epoch,
@@ -328,8 +321,8 @@ class Run:
         then = {name: state["settings"].get(name, usual[name]) for name in usual}
         told = {
             **{f"--{name}": (then[name], value) for name, value in self.settings.shaping().items()},
-            "the pictures": (state["data"], self.pictures.digest),
-            "the split": (state["split"], hashlib.sha256(self._split_table.encode()).hexdigest()),
+            "the pictures": (state["data"], self.material.pictures.digest),
+            "the split": (state["split"], self.material.split_digest),
             "the precision": (state["precision"], self.runtime.precision),
         }
         changed = [f"{name} was {then}, is {now}" for name, (then, now) in told.items() if then != now]
@@ -396,13 +389,6 @@ class Run:
         assert batch is not None
         return batch
 
-    def _look(self) -> PictureSet:
-        """Let the first process look at the pictures; the others find the same files below their own --data_dir."""
-        settings, root = self.settings, Path(self.settings.data_dir)
-        looked = partial(look_at, root, self.architecture.preprocess, settings.on_bad)
-        pictures, there = self.world.first(lambda: (looked(), root))
-        return moved(pictures, there, root)
-
     def _what_else_differs(self) -> str:
         """What of a run, besides the rounding of sums, depends on how many processes there are."""
         settings, is_cpu = self.settings, self.runtime.device.type == "cpu"
@@ -426,11 +412,11 @@ class Run:
         count = sum(p.numel() for p in self.learner.network.parameters())
         say(
             f"{self.settings.conv_net}: {count:,} parameters, weights from {self.learner.origin}, on {self.runtime};"
-            f" training on {len(self.training)} pictures, validating on {len(self.validation)}"
+            f" training on {len(self.material.training)} pictures, validating on {len(self.material.validation)}"
         )
         if self.best["state"] is None and self.settings.weights_path.exists():
             say(f"{self.settings.weights_path} is there already: the first epoch replaces it.")
-        alone = [name for name, count in self.pictures.counts(self.validation).items() if not count]
+        alone = self.material.alone
         if alone and self.settings.validation_split:
             some = ", ".join(alone[:5]) + (" and others" if len(alone) > 5 else "")
             say(f"Not validated, as they have one picture only: {some}. All of them are trained on.")
@@ -438,46 +424,15 @@ class Run:
             each = f"{self.settings.batch_size / self.world.size:g}"
             say(f"{self.world.size} processes, each with {each} pictures of every batch of {self.settings.batch_size}")
         if self.world.is_first:
-            write_text(self.settings.run_folder / "split.csv", self._split_table)
+            write_text(self.settings.run_folder / "split.csv", self.material.split_table)
 
     def _card(self, metrics: dict[str, Any]) -> ModelCard:
         settings = self.settings
         return ModelCard(
-            spec=self.spec,
+            spec=self.material.spec,
             weights_sha256="",
-            data={
-                "name": self.pictures.name,
-                "layout": self.pictures.layout,
-                "digest": self.pictures.digest,
-                "train": self.pictures.counts(self.training),
-                "validation": self.pictures.counts(self.validation),
-                "rejected": len(self.pictures.rejected),
-                **({"scale": asdict(self._scale)} if self._scale else {}),
-            },
+            data=self.material.told(),
             training={**settings.shaping(), "started_from": self.learner.origin, "best_epoch": self.best["epoch"] + 1},
             metrics=metrics,
             provenance=provenance(),
         )
-
-
-def _spec(
-    settings: Settings, architecture: Architecture, pictures: PictureSet, training: Sequence[Sample]
-) -> ModelSpec:
-    is_score = pictures.layout == LAYOUT
-    if not is_score and (settings.loss != "auto" or settings.score_range or settings.weigh):
-        raise UsageError(
-            f"--loss, --score_range and --weigh are for a table of scores, and {pictures.root} holds classes"
-        )
-    offset, scale = standard_of(training) if is_score else (0.0, 1.0)
-    outputs = 1 if is_score else len(pictures.labels)
-    arch_args = {**architecture.arch_args, "num_classes": outputs, "dropout": settings.dropout}
-    return ModelSpec(
-        name=settings.conv_net,
-        arch=architecture.arch,
-        task="regression" if is_score else "classification",
-        labels=() if is_score else pictures.labels,
-        score_offset=offset,
-        score_scale=scale,
-        arch_args=arch_args,
-        preprocess=architecture.preprocess,
-    )

@@ -76,7 +76,7 @@ def command(*words: str, folder: Path, path: str = "", **environment: str) -> st
     env = {**os.environ, "PATH": f"{path}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", **environment}
     for name in ("SLURM_JOB_ID", "TMPDIR"):
         env.pop(name, None)
-    done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
     return done.stdout
 

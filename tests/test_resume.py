@@ -142,7 +142,7 @@ def test_a_picture_that_goes_away_costs_one_line_and_nothing_of_the_run(
     data = shutil.copytree(drawn_set, tmp_path / "data")
     flags = {**QUICK, "num_workers": workers, "data_dir": str(data), "model_path": str(tmp_path / "model.pth")}
     run = Run(Settings(**flags))
-    gone = run.training[7].path
+    gone = run.material.training[7].path
     gone.rename(tmp_path / "away")
     with pytest.raises(TrainingError, match=r"could be read before .* The state is saved") as error:
         run.go_on(StopAfter(None))  # type: ignore[arg-type]
