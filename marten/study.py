@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from marten.errors import CHECKPOINTED, DataError, UsageError
+from marten.streams import stream
 from marten.sweep import Choices, Range, append_run, line_of
 from marten.sweep_results import PRUNED, loss_of, read_history, state_of
 
@@ -42,11 +43,12 @@ def optimize(
         storage=optuna.storages.JournalStorage(JournalFileBackend(str(folder / "journal.log"))),
         study_name="marten",
         load_if_exists=True,
-        sampler=optuna.samplers.TPESampler(seed=seed),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1),
     )
 
     def one(trial: Any) -> float:
+        # by the trial's number: processes that share the study would else all draw the same
+        study.sampler = optuna.samplers.TPESampler(seed=stream(seed, "trial", trial.number) % 2**32)
         settings = {name: _suggested(trial, name, values) for name, values in choices.items()}
         # named by its settings: repeated after an interruption it finds its own checkpoint
         name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]

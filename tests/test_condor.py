@@ -70,6 +70,8 @@ def test_a_sweep_as_a_dag_loses_a_node_and_is_rescued(pool: str, tmp_path: Path)
     training = TRAINING.replace(" --data_dir train.zip", " --epochs 3")
     page = page.replace("--conv_net base_cnn --lr 1e-3", f"{training} --lr 1e-3")
     page = page.replace("--conv_net base_cnn --lr 1e-4", f"{training} --lr 1e-4 --epochs $(length)")
+    page += f"JOB join {ROOT}/deployment/htcondor/collect.sub\n"
+    page += 'VARS join verb="ensemble" best="2"\nPARENT table CHILD join\n'
     (folder / "sweep.dag").write_text(page + 'VARS lr4 length="2000"\n')
     (folder / "out").mkdir()
     runs = (f"--lr 1e-{3 + i} --model_path out/model_{i + 1}.pth\n" for i in (0, 1))
@@ -98,6 +100,7 @@ def test_a_sweep_as_a_dag_loses_a_node_and_is_rescued(pool: str, tmp_path: Path)
         "2": ("1e-4", "2", "yes"),
     }
     assert (folder / "out/best.mar").stat().st_size > 1e6
+    assert (folder / "out/ensemble.mar").stat().st_size > 1.9 * (folder / "out/best.mar").stat().st_size
     assert_same_bits(folder / "out/model_1.pth", uninterrupted(tmp_path / "here", "--epochs", "3", "--lr", "1e-3"))
 
 

@@ -136,6 +136,17 @@ def test_missing_data_ends_the_job_before_the_program(place: Path) -> None:
     assert done.stdout == ""
 
 
+def test_an_archive_cut_short_ends_the_job_before_the_program(place: Path) -> None:
+    with zipfile.ZipFile(place / "sandbox" / "train.zip", "w") as archive:
+        archive.writestr("train/cat.0.jpg", "cat" * 1000)
+    whole = (place / "sandbox" / "train.zip").read_bytes()
+    (place / "sandbox" / "train.zip").write_bytes(whole[:-40])
+    done = job(place, MARTEN_INPUT="train.zip")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "train.zip is no readable archive: it is damaged, cut short" in done.stderr
+    assert not (place / "sandbox" / "train").exists()
+
+
 def test_an_array_takes_its_line_of_the_runs(place: Path) -> None:
     (place / "sandbox" / "runs.txt").write_text("--lr 1e-3\n--lr 1e-4 --seed 2\n")
     runs = {"MARTEN_RUNS": "runs.txt", "OMP_NUM_THREADS": "1"}

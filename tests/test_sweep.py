@@ -140,9 +140,9 @@ def test_optuna_prunes_fails_and_goes_on_from_its_journal(tmp_path: Path) -> Non
     assert not [result for result in pruned if list(result.weights.with_suffix(".run").glob("checkpoint*"))]
 
 
-def sweep(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def sweep(*words: str, folder: Path, **changes: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "scripts" / "sweep"), *words]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "VIRTUAL_ENV": sys.prefix}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "VIRTUAL_ENV": sys.prefix, **changes}
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
@@ -153,6 +153,16 @@ def test_the_command_shows_its_runs_and_refuses_typos_before_the_first(tmp_path:
     assert typo.returncode == 2
     assert "unrecognized arguments: --lrr 1" in typo.stderr
     assert not [path for path in content(tmp_path) if path.endswith(".pth")]
+
+
+@pytest.mark.parametrize(("cluster", "program"), [("htcondor", "condor_submit"), ("slurm", "sbatch"), ("pbs", "qsub")])
+def test_no_scheduler_on_this_machine_is_one_line(tmp_path: Path, cluster: str, program: str) -> None:
+    (tmp_path / "bin").mkdir()
+    words = ("run", "--vary", "lr=1,2", "--folder", "out", "--cluster", cluster, "--", "--conv_net", "vgg")
+    done = sweep(*words, folder=tmp_path, PATH=str(tmp_path / "bin"))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"there is no {program} on this machine" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.slow
