@@ -62,6 +62,7 @@ def build_parser() -> Parser:
     add("--oversample", action="store_true", help="each tenth of the range of scores counts the same")
     add("--verbose", action="store_true", help="draw how scores are spread, into outputs/plots")
     add("--weights", default="auto", metavar="W", help="to start from: auto (ImageNet's), none or a state dict")
+    add("--max_runtime", default="", metavar="T", help="checkpoint and exit 85 after this time, for instance 4h")
     add("--num_workers", type=int, default=-1, metavar="N", help="loader processes; default: as the processors allow")
     return parser
 
@@ -91,6 +92,7 @@ def main(args: Namespace) -> int:
         score_range=(1.0, 10.0) if is_score else (),
         weigh=("tenths",) if args.oversample else (),
         weights=args.weights,
+        max_runtime=args.max_runtime,
         num_workers=args.num_workers,
         track=("wandb",) if args.wandb else (),
     )
