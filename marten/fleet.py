@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -30,6 +30,7 @@ MOST_IN_FLIGHT = 32
 LEAST_IN_FLIGHT = 8
 """And at least: one batch."""
 
+_HERE = "127.0.0.1"
 _TICK_S = 0.05
 _SEEN_WITHIN_S = 20.0
 
@@ -63,7 +64,7 @@ class Crew:
 
 @dataclass(frozen=True)
 class Fleet:
-    """A front door that `start` opened, and the inference ports of the replicas behind it."""
+    """A front door that is open, and the inference ports of the replicas behind it; none where they run elsewhere."""
 
     folder: Path
     pid: int
@@ -86,18 +87,23 @@ class Fleet:
         """The replicas that live."""
         return [found for port in self.replicas if (found := find_running(port))]
 
-    def known(self) -> dict[int, bool]:
-        """Ports that the door knows, each with whether it finds every model there healthy.
+    def known(self) -> dict[str, bool]:
+        """HOST:PORT of each replica that the door knows, with whether it finds every model there healthy.
 
         Raises:
             OSError: the door does not answer.
         """
-        found: dict[int, bool] = {}
+        found: dict[str, bool] = {}
         for line in envoy.ask_admin(self.admin, "/clusters").splitlines():
-            port, _, flags = line.partition("::health_flags::")[0].rpartition(":")[2], *line.rpartition("::")[1:]
-            if "::health_flags::" in line and line.partition("::")[0] in self.models:
-                found[int(port)] = found.get(int(port), True) and flags == "healthy"
+            place, mark, flags = line.partition("::health_flags::")
+            model, _, address = place.partition("::")
+            if mark and model in self.models:
+                found[address] = found.get(address, True) and flags == "healthy"
         return found
+
+    def is_healthy(self, port: int) -> bool:
+        """Whether the door finds a replica of this machine healthy."""
+        return self.known().get(f"{_HERE}:{port}", False)
 
 
 def start(door: Door, crew: Crew, replicas: int = 1, timeout_s: float = server.START_TIMEOUT_S) -> Fleet:
@@ -106,6 +112,37 @@ def start(door: Door, crew: Crew, replicas: int = 1, timeout_s: float = server.S
     Raises:
         ServerError: a replica or the door does not start; nothing is left running then.
     """
+    with _place(door) as folder:
+        started: list[Running] = []
+        try:
+            in_flight = 0
+            for _ in range(replicas):
+                running, statuses, _ = server.start(crew.settings(replicas), timeout_s)
+                started.append(running)
+                in_flight += _fit_in_flight(statuses, running)
+            addresses = [running.addresses["inference"] for running in started]
+            door = dataclasses.replace(door, in_flight=in_flight)
+            return _open(door, started[0].models, addresses, tuple(a.port for a in addresses), folder)
+        except BaseException:
+            for running in started:
+                server.stop(running, 0)
+            raise
+
+
+def open_before(door: Door, models: Sequence[str], addresses: Sequence[Address]) -> Fleet:
+    """Open a door before TorchServes that run elsewhere, on other machines say, and are nobody's here to start or end.
+
+    Raises:
+        ServerError: the door does not open, or does not find all of them healthy.
+    """
+    with _place(door) as folder:
+        door = dataclasses.replace(door, in_flight=len(addresses) * (LEAST_IN_FLIGHT + MOST_IN_FLIGHT) // 2)
+        return _open(door, tuple(models), addresses, (), folder)
+
+
+@contextlib.contextmanager
+def _place(door: Door) -> Iterator[Path]:
+    """The folder of a door to be opened, held for as long as that takes."""
     folder = runtime_folder(door.address.port)
     envoy.find_envoy()
     with locked(folder):
@@ -113,33 +150,26 @@ def start(door: Door, crew: Crew, replicas: int = 1, timeout_s: float = server.S
             raise ServerError(f"a server is running on port {door.address.port}: stop it first, or expose another port")
         clear(folder)
         (folder / "logs").mkdir(exist_ok=True)
-        started: list[Running] = []
-        fleet: Fleet | None = None
-        try:
-            in_flight = 0
-            for _ in range(replicas):
-                running, statuses, _ = server.start(crew.settings(replicas), timeout_s)
-                started.append(running)
-                in_flight += _fit_in_flight(statuses, running)
-            door = dataclasses.replace(door, in_flight=in_flight)
-            models = started[0].models
-            config = write_config(door, models, [r.addresses["inference"] for r in started], folder)
-            pid = envoy.launch(config, folder / "logs", min(4, available_cores()))
-            process = find_process(pid)
-            if process is None:
-                raise ServerError(f"Envoy ended at once: {_last_line(folder / 'logs' / 'envoy.log')}")
-            ports = tuple(r.addresses["inference"].port for r in started)
-            fleet = Fleet(folder, pid, process.create_time(), door.url, models, ports)
-            _save(fleet)
-            _wait_until_known(fleet, ports)
-            return fleet
-        except BaseException:
-            if fleet is not None:
-                envoy.drain(fleet.admin, fleet.pid, 0)
-            for running in started:
-                server.stop(running, 0)
-            clear(folder, keep_logs=True)
-            raise
+        yield folder
+
+
+def _open(
+    door: Door, models: tuple[str, ...], addresses: Sequence[Address], replicas: tuple[int, ...], folder: Path
+) -> Fleet:
+    """Start Envoy, and come back when it finds every replica healthy; nothing of it is left running otherwise."""
+    pid = envoy.launch(write_config(door, models, addresses, folder), folder / "logs", min(4, available_cores()))
+    try:
+        process = find_process(pid)
+        if process is None:
+            raise ServerError(f"Envoy ended at once: {_last_line(folder / 'logs' / 'envoy.log')}")
+        fleet = Fleet(folder, pid, process.create_time(), door.url, models, replicas)
+        _save(fleet)
+        _wait_until_known(fleet, [f"{address.host}:{address.port}" for address in addresses])
+        return fleet
+    except BaseException:
+        envoy.drain(folder / "admin.sock", pid, 0)
+        clear(folder, keep_logs=True)
+        raise
 
 
 def find(port: int) -> Fleet | None:
@@ -171,6 +201,8 @@ def update(
         ServerError: a new replica does not start, or the door does not see it.
         UsageError: other models than the door has routes for.
     """
+    if not fleet.replicas:
+        raise UsageError("the replicas run elsewhere: update them there, one after the other")
     with locked(fleet.folder):
         for old in fleet.replicas:
             settings = crew.settings(len(fleet.replicas))
@@ -189,7 +221,7 @@ def _replace(fleet: Fleet, old: int, settings: Settings, timeout_s: float, drain
     port = new.addresses["inference"].port
     try:
         _announce(fleet, [*fleet.replicas, port])
-        _wait_until_known(fleet, [port])
+        _wait_until_known(fleet, [f"{_HERE}:{port}"])
     except BaseException:
         _announce(fleet, fleet.replicas)
         server.stop(new, drain_s)
@@ -197,7 +229,7 @@ def _replace(fleet: Fleet, old: int, settings: Settings, timeout_s: float, drain
     fleet = dataclasses.replace(fleet, replicas=(*(p for p in fleet.replicas if p != old), port))
     _announce(fleet, fleet.replicas)
     _save(fleet)
-    _wait_until_known(fleet, fleet.replicas, but_not=old)
+    _wait_until_known(fleet, [f"{_HERE}:{each}" for each in fleet.replicas], but_not=f"{_HERE}:{old}")
     gone = find_running(old)
     return fleet, server.stop(gone, drain_s) if gone else 0
 
@@ -236,8 +268,15 @@ def stop(fleet: Fleet, drain_s: float = server.DRAIN_S) -> int:
 
 
 def check(fleet: Fleet) -> list[ModelStatus]:
-    """What every model of every replica says to a picture; a dead replica's are not ready."""
+    """What every model of every replica says to a picture; a dead replica's are not ready.
+
+    Of replicas elsewhere it tells what the door found when it last asked, a second ago at most.
+    """
     statuses: list[ModelStatus] = []
+    if not fleet.replicas:
+        return [
+            ModelStatus(f"replica {name}", well, 0.0, "" if well else "ill") for name, well in fleet.known().items()
+        ]
     for port in fleet.replicas:
         running = find_running(port)
         if running is None:
@@ -256,20 +295,21 @@ def _fit_in_flight(statuses: Sequence[ModelStatus], running: Running) -> int:
 
 
 def _announce(fleet: Fleet, ports: Sequence[int]) -> None:
-    set_replicas(fleet.folder, fleet.models, [Address("127.0.0.1", port) for port in ports])
+    set_replicas(fleet.folder, fleet.models, [Address(_HERE, port) for port in ports])
 
 
-def _wait_until_known(fleet: Fleet, ports: Sequence[int], but_not: int | None = None) -> None:
-    """Until the door finds all of some ports healthy, and another no more."""
+def _wait_until_known(fleet: Fleet, addresses: Sequence[str], but_not: str = "") -> None:
+    """Until the door finds all of some replicas healthy, and knows another no more."""
     deadline = time.monotonic() + _SEEN_WITHIN_S
-    known: dict[int, bool] = {}
+    known: dict[str, bool] = {}
     while True:
         with contextlib.suppress(OSError):  # it is not listening yet
             known = fleet.known()
-        if all(known.get(port) for port in ports) and but_not not in known:
+        if all(known.get(address) for address in addresses) and but_not not in known:
             return
         if find_process(fleet.pid) is None or time.monotonic() > deadline:
-            raise ServerError(f"the door finds only {known} healthy: {_last_line(fleet.logs / 'envoy.log')}")
+            ill = ", ".join(address for address in addresses if not known.get(address)) or f"still {but_not}"
+            raise ServerError(f"the door does not find healthy: {ill}; {_last_line(fleet.logs / 'envoy.log')}")
         time.sleep(_TICK_S)
 
 

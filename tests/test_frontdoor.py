@@ -11,6 +11,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import socket
 import ssl
 import subprocess
@@ -469,6 +470,78 @@ def test_envoy_takes_the_shipped_files(tmp_path: Path) -> None:
     told = subprocess.run(words, capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
     assert not re.search("deprecat|work-in-progress", told.stderr, re.IGNORECASE), told.stderr
+
+
+# ------------------------------------------------------------------------------------------------ on several machines
+
+ELSEWHERE = """
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+class Replica(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_PUT(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        answer = b'{"host": "%s"}' % sys.argv[1].encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+    def log_message(self, *words):
+        pass
+ThreadingHTTPServer((sys.argv[1], 8080), Replica).serve_forever()
+"""
+
+
+@contextlib.contextmanager
+def machine(number: int) -> Iterator[tuple[str, str]]:
+    """A network namespace with a server in it, at one wire's other end; gives its address and the wire's near end."""
+    name, near, far = (f"{kind}{os.getpid()}-{number}"[-15:] for kind in ("mtest", "mn", "mf"))
+    here, there = f"10.213.{50 + number}.1", f"10.213.{50 + number}.2"
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    ip("netns", "add", name)
+    try:
+        ip("link", "add", near, "type", "veth", "peer", "name", far, "netns", name)
+        ip("addr", "add", f"{here}/30", "dev", near)
+        ip("link", "set", near, "up")
+        ip("-n", name, "addr", "add", f"{there}/30", "dev", far)
+        ip("-n", name, "link", "set", far, "up")
+        with subprocess.Popen(["ip", "netns", "exec", name, sys.executable, "-c", ELSEWHERE, there]) as process:
+            yield there, near
+            process.kill()
+    finally:
+        ip("netns", "del", name)
+
+
+@pytest.mark.door
+def test_a_machine_whose_wire_is_cut_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        envoy.find_envoy()
+    except ServerError as error:
+        pytest.skip(str(error))
+    if os.geteuid() or shutil.which("ip") is None:
+        pytest.skip("making network namespaces needs root and the command ip")
+    monkeypatch.setenv("MARTEN_RUNTIME", str(tmp_path / "run"))
+    secrets, _ = open_or_make(tmp_path / "secrets")
+    with machine(1) as (first, wire), machine(2) as (second, _):
+        door = Door(Address("127.0.0.1", free_ports(1)[0]), tmp_path / "secrets")
+        made = fleet.open_before(door, ["m"], [Address(first, 8080), Address(second, 8080)])
+        try:
+            assert [status.ready for status in fleet.check(made)] == [True, True]
+            with Crowd(Entrance(made.url, secrets.certificate, secrets.key), "m", [b"x" * 1000], 3) as crowd:
+                time.sleep(1)
+                subprocess.run(["ip", "link", "set", wire, "down"], check=True)
+                wait_until(lambda: not made.known()[f"{first}:8080"], allowed_s(6))
+                time.sleep(1)
+            assert crowd.failed == []
+            assert len(crowd.answered) > 20
+            with pytest.raises(UsageError, match="run elsewhere"):
+                fleet.update(made, fleet.Crew())
+        finally:
+            fleet.stop(made)
 
 
 # ------------------------------------------------------------------------------------------------ with TorchServe

@@ -33,8 +33,9 @@ def kill_workers(stack: Stack) -> list[Row]:
         while time.monotonic() < ends:
             pids = list(stack.workers())
             if pids:
-                os.kill(stack.dice.choice(pids), signal.SIGKILL)
-                killed += 1
+                with contextlib.suppress(ProcessLookupError):  # one that was being replaced just then
+                    os.kill(stack.dice.choice(pids), signal.SIGKILL)
+                    killed += 1
             time.sleep(min(stack.lengths.every_s, max(0.0, ends - time.monotonic())))
     tell(stack, f"{killed} workers killed", crowd)
     stack.wait_until_whole()
@@ -75,7 +76,7 @@ def freeze_workers(stack: Stack) -> list[Row]:
             port, begun = replica.addresses["inference"].port, time.monotonic()
             os.kill(pid, signal.SIGSTOP)
             try:
-                while stack.fleet.known().get(port) and time.monotonic() - begun < 60:
+                while stack.fleet.is_healthy(port) and time.monotonic() - begun < 60:
                     time.sleep(TICK_S)
                 noticed.append(time.monotonic() - begun)
             finally:

@@ -74,7 +74,7 @@ class Stack:
     def wait_until_whole(self, within_s: float = 120.0) -> float:
         """Until the door finds every replica healthy; returns the seconds it took."""
         begun = time.monotonic()
-        while not all(self.fleet.known().get(port) for port in self.fleet.replicas):
+        while not all(self.fleet.is_healthy(port) for port in self.fleet.replicas):
             if time.monotonic() - begun > within_s:
                 raise ServerError(f"the replicas are not healthy again within {within_s:.0f} s: {self.fleet.known()}")
             time.sleep(TICK_S)
