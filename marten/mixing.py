@@ -1,6 +1,7 @@
 """Two pictures of a batch become one, whose label is both in the same shares: mixup and cutmix.
 
-Like all randomness of a run, the partners, the shares and the places are a function of (seed, step).
+Like all randomness of a run, the partners, the shares and the places are a function of (seed, step). Where several
+processes share a batch, each mixes the pictures of its own share.
 """
 
 from __future__ import annotations
