@@ -129,6 +129,8 @@ stage_and_run() { # stage_and_run LAUNCHER...: on this machine; sets code
   if (( code == 0 )); then
     say "$(hostname):$PWD, $scheduler, $OMP_NUM_THREADS threads: $program ${words[*]}"
     supervise "$@" "$home/$program" "${words[@]}" || code=$?
+    # dead of the very signal that it was handed: it had not begun to heed signals, so there was nothing to save
+    case $asked:$code in TERM:143 | USR1:138 | INT:130) code=85 ;; esac
   fi
 }
 

@@ -193,3 +193,14 @@ def test_a_machine_without_the_program_or_the_interpreter_says_so(place: Path) -
     assert (lost.returncode, lost.stdout) == (2, "")
     assert "set MARTEN_HOME" in lost.stderr
     assert "set MARTEN_PYTHON" in job(place, MARTEN_PYTHON="python9").stderr
+
+
+def test_a_signal_before_the_program_heeds_signals_asks_to_be_run_again(place: Path) -> None:
+    # on a slow disk importing torch took longer than a job had before its time limit's signal, and the run was lost
+    program = "import time\nprint('waiting', flush=True)\ntime.sleep(60)\n"
+    (place / "home" / "train_main.py").write_text(program)
+    log = stand_in(place, "scontrol", "kill -9 $PPID")
+    with waiting_job(place, SLURM_JOB_ID="7") as running:
+        running.send_signal(signal.SIGUSR1)
+        running.wait(30)
+    assert log.read_text() == "requeue 7\n"
