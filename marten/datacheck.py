@@ -46,7 +46,8 @@ class Findings:
 
     def problem(self, pair: Pair) -> str:
         """What is wrong with two pictures that look alike: "across", "labels", both or nothing."""
-        across = self.parts.get(pair.first.id) != self.parts.get(pair.second.id)
+        parts = [self.parts.get(sample.id) for sample in (pair.first, pair.second)]
+        across = None not in parts and parts[0] != parts[1]
         return " ".join(["across"] * across + ["labels"] * (pair.first.label != pair.second.label))
 
     @property

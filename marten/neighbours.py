@@ -92,7 +92,7 @@ def pairs_table(pairs: Sequence[Pair], labels: Sequence[str], parts: dict[str, s
     for pair in pairs:
         names = [labels[s.label] for s in (pair.first, pair.second)]
         where = [parts.get(s.id, "") for s in (pair.first, pair.second)]
-        wrong = [name for name, two in (("across", where), ("labels", names)) if two[0] != two[1]]
+        wrong = [name for name, two in (("across", where), ("labels", names)) if all(two) and two[0] != two[1]]
         writer.writerow((pair.first.id, pair.second.id, pair.bits, *names, *where, " ".join(wrong)))
     return rows.getvalue()
 

@@ -146,7 +146,7 @@ class _Wandb:
 
         id_ = run.ids.setdefault("wandb", uuid.uuid4().hex[:8])
         if mode == "offline":
-            for stale in (run.folder / "wandb").glob("offline-run-*"):
+            for stale in (run.folder / "wandb").glob(f"offline-run-*-{id_}"):
                 shutil.rmtree(stale, ignore_errors=True)
         run.folder.mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
