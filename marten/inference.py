@@ -33,6 +33,8 @@ FORMATS = ("prob", "kaggle", "all")
 Row = tuple[str, "list[float] | str"]
 _WORTH_AN_ENGINE = 100
 """Pictures per lane from which the second or two pay off that building its engine takes."""
+_AHEAD = 3
+"""Batches under way for each thread, so that none is idle while the table is synced."""
 
 
 def header(spec: ModelSpec, format_: str, label: str) -> list[str]:
@@ -99,7 +101,7 @@ def ask(
     """Probabilities of all classes for each picture, in order, batch by batch; the reason in place of them if bad.
 
     A thread takes a batch all the way from its files to its answers, so that nothing waits for anything but its turn
-    at a lane. No more batches are under way than there are threads, and one.
+    at a lane. Each thread holds the pixels of one batch; a few batches' answers wait to be taken.
 
     Args:
         lanes: from `build_lanes`; a network in eval mode on `device` is one as well.
@@ -135,7 +137,7 @@ def ask(
             return [(i, s if isinstance(s, str) else next(answers)) for i, s in zip(ids, seen, strict=True)]
 
         starts = iter(range(0, len(sources.ids), batch_size))
-        under_way = deque(pool.submit(answer, start) for start in itertools.islice(starts, threads + 1))
+        under_way = deque(pool.submit(answer, start) for start in itertools.islice(starts, _AHEAD * threads))
         try:
             while under_way:
                 rows = under_way.popleft().result()
