@@ -155,7 +155,6 @@ def joined(world: World, device: str) -> Iterator[None]:
         return
     if "MASTER_ADDR" not in os.environ and "SLURM_STEP_NODELIST" in os.environ:
         _meet_by_slurm()
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=_LONGEST_SILENCE)
