@@ -134,6 +134,7 @@ def _routes(routes: Sequence[Mapping[str, Any]], door: Door, models: Sequence[st
         path = route["match"].get("path")
         if route.get("name") == "explanations" and not door.explanations:
             continue
+        route["match"].pop("runtime_fraction", None)
         if route.get("route", {}).get("cluster") == "torchserve" and prefix:
             for name in models:
                 mine = copy.deepcopy(dict(route))

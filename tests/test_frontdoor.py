@@ -107,6 +107,7 @@ def test_each_model_has_its_route_and_heat_maps_only_where_asked(tmp_path: Path)
         passed = {r["match"].get("path_separated_prefix") or r["match"]["path"] for r in routes if "route" in r}
         heat_maps = {"/explanations/a", "/explanations/b.c"} if explanations else set()
         assert passed == {"/predictions/a", "/predictions/b.c", "/ping", *heat_maps}
+        assert not any("runtime_fraction" in route["match"] for route in routes)
     clusters = json.loads((tmp_path / "replicas.yaml").read_text())["resources"]
     assert [c["health_checks"][0]["http_health_check"]["path"] for c in clusters] == [
         "/predictions/a",
@@ -310,6 +311,13 @@ def test_nothing_but_pictures_gets_through(opened: Opened) -> None:
         status, headers, told = opened.ask(method=method)
         assert (status, headers["allow"], told["code"]) == (405, "PUT, POST", 405)
     assert sum(each.seen for each in opened.replicas) == seen
+
+
+@pytest.mark.door
+@pytest.mark.parametrize("explanations", [True, False])
+def test_heat_maps_are_offered_where_somebody_opted_in(tmp_path: Path, explanations: bool) -> None:
+    for opened in open_door(tmp_path, explanations=explanations):
+        assert opened.ask("/explanations/m")[0] == (200 if explanations else 404)
 
 
 @pytest.mark.door
