@@ -224,6 +224,13 @@ def test_a_peer_that_ends_is_told_with_the_end_of_its_log(tmp_path: Path) -> Non
     assert not Peer("Nobody's", "no_such_package", "", Asking()).installed
 
 
+def test_the_command_knows_every_peer() -> None:
+    told = subprocess.run(
+        [sys.executable, ROOT / "scripts/bench", "--help"], capture_output=True, text=True, check=True
+    )
+    assert f"(default: {' '.join(peer.package for peer in PEERS)})" in " ".join(told.stdout.split())
+
+
 @pytest.mark.server
 @pytest.mark.slow
 @pytest.mark.parametrize("way", [QUICKSTART, OURS])
@@ -301,7 +308,7 @@ def test_misuse_is_one_line(tmp_path: Path, words: tuple[str, ...]) -> None:
 @pytest.mark.server
 @pytest.mark.slow
 def test_a_small_network_is_measured_from_end_to_end(tmp_path: Path) -> None:
-    words = ("--no_peers", "--conv_net", "cat_dog_conv_net", "--rounds", "1", "--seconds", "0.5", "--clients", "1", "4")
+    words = ("--peers", "--conv_net", "cat_dog_conv_net", "--rounds", "1", "--seconds", "0.5", "--clients", "1", "4")
     told = bench(*words, "--copies", "1", "--small", "--out", str(tmp_path), cwd=tmp_path)
     assert told.returncode == 0, told.stderr
     found = json.loads((tmp_path / "serving.json").read_text())

@@ -37,7 +37,7 @@ class Plan:
         seconds: each turn lasts.
         copies: models registered at once in the last part; 1 leaves it out.
         large: whether 12-megapixel pictures are asked about too.
-        peers: whether other programs that serve are measured too, those that are installed.
+        peers: packages of other programs that serve, which are measured too where they are installed.
         folder: of photographs; None draws them.
     """
 
@@ -47,7 +47,7 @@ class Plan:
     seconds: float = 5.0
     copies: int = 4
     large: bool = True
-    peers: bool = True
+    peers: Sequence[str] = tuple(peer.package for peer in PEERS)
     folder: Path | None = None
 
 
@@ -89,7 +89,7 @@ def bench_serving(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
                 found["answers"].append({"network": network, "largest": _largest_gap(servers[-2], servers[-1], bodies)})
                 _take_turns(plan, network, servers, limit, bodies, found, say)
                 threads = servers[-1].threads
-            for peer in PEERS if plan.peers else ():
+            for peer in (peer for peer in PEERS if peer.package in plan.peers):
                 if peer.installed:
                     _meet_peer(plan, network, peer, threads, stores, weights, bodies, found, say)
                 else:
@@ -137,7 +137,7 @@ def _meet_peer(
         ours = {kind: _launched(stack, kind, stores[kind]) for kind in (STOCK, FAST)}
         contestants = [(kind, each.address, each.names, TORCHSERVE) for kind, each in ours.items()]
         for way in (QUICKSTART, OURS):
-            folder = weights.parent / f"{peer.package}-{way.split()[0]}"
+            folder = Path(tempfile.mkdtemp(prefix="p-", dir=weights.parent.parent))  # Ray's sockets need a short path
             workers = max(1, available_cores() // threads)
             try:
                 running = launch_peer(peer, way, weights, folder, workers, threads, bodies[0])

@@ -17,7 +17,7 @@ from marten.errors import ServerError
 from marten.files import ROOT
 from marten.readiness import Address, free_ports
 
-START_S = 180.0
+START_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def launch_peer(
     Raises:
         ServerError: it ended, or does not answer; with the end of its log.
     """
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (port,) = free_ports(1)
     order = Order(str(weights), port, way, workers if way == OURS else 1, threads, str(folder))
     address = Address("127.0.0.1", port)
