@@ -73,7 +73,7 @@ def _draw_curves(axes: Any, begun: Sequence[Result]) -> None:
         if label:
             axes.plot([], [], color=colour, linestyle=line, label=label)
     axes.set_xlabel("epoch")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     if begun:
         axes.legend(frameon=False, fontsize="small")
 
