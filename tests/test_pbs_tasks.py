@@ -32,7 +32,7 @@ def place(tmp_path: Path) -> Path:
     for name in ("scripts", "marten", "modelspec.py"):
         (home / name).symlink_to(ROOT / name)
     (home / "deep_cnn" / "__main__.py").write_text(PROGRAM)
-    secrets = tmp_path / ".marten-secrets"
+    secrets = tmp_path / ".marten-keys"
     secrets.mkdir(mode=0o700)
     (secrets / "WANDB_API_KEY").write_text(KEY + "\n")
     (tmp_path / "bin").mkdir()
@@ -84,7 +84,7 @@ def test_b2_17_the_key_reaches_the_trainer_and_nothing_else(
 
 
 def test_a_folder_that_others_may_enter_is_refused(place: Path) -> None:
-    (place / ".marten-secrets").chmod(0o750)
+    (place / ".marten-keys").chmod(0o750)
     done = job(place, "scenes.pbs")
     assert done.returncode == 2
     assert "chmod 700" in done.stderr
