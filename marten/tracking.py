@@ -142,6 +142,7 @@ class _Wandb:
     def __init__(self, run: Tracked) -> None:
         # decided before W&B is imported: it would ask for a key, and a job on a cluster would wait for ever
         mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its own mishaps, told to its makers over the network
         import wandb
 
         id_ = run.ids.setdefault("wandb", uuid.uuid4().hex[:8])

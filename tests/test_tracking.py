@@ -98,7 +98,8 @@ def test_tensorboard_holds_one_curve_over_a_stop(told: Path) -> None:
 @needs("wandb")
 def test_wandb_offline_syncs_to_one_curve_over_a_stop(told: Path, wandb_server: WandbServer) -> None:
     (folder,) = (told / "model.run" / "wandb").glob("offline-run-*")
-    environment = {**os.environ, "WANDB_BASE_URL": wandb_server.url, "WANDB_API_KEY": KEY}
+    own = {"WANDB_BASE_URL": wandb_server.url, "WANDB_API_KEY": KEY, "WANDB_ERROR_REPORTING": "false"}
+    environment = {**os.environ, **own}
     program = Path(sys.executable).with_name("wandb")
     done = subprocess.run([program, "sync", folder], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
