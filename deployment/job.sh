@@ -13,6 +13,7 @@
 #   MARTEN_PYTHON        interpreter           (the repository's .venv, else python3)
 #   MARTEN_PROGRAM       what to run           (train_main.py)
 #   MARTEN_INPUT         given as --data_dir: a .zip, .tar or .tgz is staged on the node's own disk before
+#   MARTEN_STAGE         flags of scripts/stage for it, with which a folder is staged too: --inaturalist 2021_train_mini
 #   MARTEN_OUT           folder to make, so that a scheduler finds something to bring back whatever happens
 #   MARTEN_RUNS          file of flags: one run per line; its line number $SLURM_ARRAY_TASK_ID (PBS_ARRAY_INDEX,
 #                        MARTEN_INDEX) is added to the flags. Words are split at blanks
@@ -109,11 +110,12 @@ stage_and_run() { # stage_and_run LAUNCHER...: on this machine; sets code
   if [[ -n ${MARTEN_INPUT:-} ]]; then
     # HTCondor puts what came from afar beside us, under its last name
     [[ $scheduler != htcondor || ! -e ${MARTEN_INPUT##*/} ]] || MARTEN_INPUT=${MARTEN_INPUT##*/}
-    if [[ -d $MARTEN_INPUT || $MARTEN_INPUT == *.[ct]sv ]]; then
+    if [[ -z ${MARTEN_STAGE:-} && ( -d $MARTEN_INPUT || $MARTEN_INPUT == *.[ct]sv ) ]]; then
       staged=$MARTEN_INPUT
     else
       place=$(mktemp "${TMPDIR:-/tmp}/marten-staged.XXXXXX")
-      stage() { exec "$python" "$home/scripts/stage" "$MARTEN_INPUT" >"$place"; }
+      read -ra how <<<"${MARTEN_STAGE:-}"
+      stage() { exec "$python" "$home/scripts/stage" "$MARTEN_INPUT" "${how[@]}" >"$place"; }
       supervise stage || code=$?
       staged=$(<"$place")
       rm -f "$place"

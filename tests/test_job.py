@@ -136,6 +136,21 @@ def test_missing_data_ends_the_job_before_the_program(place: Path) -> None:
     assert done.stdout == ""
 
 
+def test_flags_for_staging_are_heeded_and_a_folder_is_staged_by_them(place: Path) -> None:
+    (place / "pets").mkdir()
+    (place / "pets" / "cat.0.jpg").write_text("cat")
+    (place / "node").mkdir()
+    told = {
+        "MARTEN_INPUT": str(place / "pets"),
+        "MARTEN_STAGE": "--link --workers 2",
+        "SLURM_TMPDIR": str(place / "node"),
+    }
+    done = job(place, **told)
+    assert done.returncode == 0, done.stderr
+    assert f"--data_dir {place / 'node' / 'pets'}" in done.stdout
+    assert (place / "node" / "pets").readlink() == place / "pets"
+
+
 def test_an_archive_cut_short_ends_the_job_before_the_program(place: Path) -> None:
     with zipfile.ZipFile(place / "sandbox" / "train.zip", "w") as archive:
         archive.writestr("train/cat.0.jpg", "cat" * 1000)
