@@ -3,7 +3,7 @@
     python -m marten.credentials FOLDER          makes what is missing there, and says what it made
 
 A folder holds `tls.crt` and `tls.key` (PEM), `key` (what callers send as `Authorization: Bearer`), and `keys.yaml`, the
-same for Envoy, which may be given further keys by hand. Whatever is there already is taken as it is.
+same for Envoy, which may be given further keys by hand, or others instead. Whatever is there is taken as it is.
 """
 
 from __future__ import annotations
@@ -79,10 +79,10 @@ def open_or_make(folder: Path, names: Sequence[str] = ()) -> tuple[Credentials, 
         _write(found.private_key, private_key)
         _write(found.certificate, certificate)
         made += [found.certificate, found.private_key]
-    if not found.key_file.exists():
-        _write(found.key_file, f"{secrets.token_urlsafe(_KEY_BYTES)}\n".encode())
-        made.append(found.key_file)
     if not found.keys.exists():
+        if not found.key_file.exists():
+            _write(found.key_file, f"{secrets.token_urlsafe(_KEY_BYTES)}\n".encode())
+            made.append(found.key_file)
         _write(found.keys, keys_text([found.key]).encode())
         made.append(found.keys)
     return found, made

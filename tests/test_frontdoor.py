@@ -55,6 +55,14 @@ def test_what_a_network_door_needs_is_made_once_for_its_owner_alone(tmp_path: Pa
     assert {file: file.read_bytes() for file in files} == before
 
 
+def test_keys_that_somebody_else_wrote_need_no_key_of_ours(tmp_path: Path) -> None:
+    """As in Kubernetes, where the folder is a secret that cannot be written."""
+    for name in ("tls.crt", "tls.key", "keys.yaml"):
+        (tmp_path / name).write_text("theirs")
+    assert open_or_make(tmp_path)[1] == []
+    assert not (tmp_path / "key").exists()
+
+
 def test_a_certificate_without_its_key_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tls.crt").write_text("a certificate")
     with pytest.raises(ServerError, match=r"tls\.crt stands alone"):
