@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
 
 def about_features(
-    config: Config, profiler: Profiler, runtime: Runtime, geometry: str, batch_size: int
+    config: Config, profiler: Profiler, runtime: Runtime, geometry: str, batch_size: int, engine: str = "torch"
 ) -> dict[str, Any]:
     """What the features depend on."""
+    engines = {} if engine.startswith("torch") else {"engine": engine}  # torch's were written without a name
     keys = ["dataset.images.channels", "dataset.locations.mode", "dataset.locations.box_size"]
     keys += ["dataset.locations.view_size", "dataset.locations.mask_objects", "prepare.compression.implement"]
     return {
@@ -38,6 +39,7 @@ def about_features(
         "precision": runtime.precision,
         "geometry": geometry,
         "batch_size": batch_size,
+        **engines,
         **{key: config[key] for key in keys},
     }
 

@@ -49,6 +49,7 @@ GROUP = 8
 """Sites whose cells share batches; what a killed run does again at most, times the processes."""
 CPU_BATCH = 16
 """Crops a core takes at once: larger batches leave its cache, and their memory is fetched from the system each time."""
+_Give = Callable[[Crops], NDArray[np.float32]]
 STORES = ("both", "npz", "parquet")
 ABOUT = "profile.json"
 
@@ -58,13 +59,15 @@ class ProfileReport:
     """What a profiling did.
 
     Attributes:
+        engine: what computed.
         sites, cells: profiled now.
         present: sites that were done before.
         empty: sites without a cell; no file is written for them.
-        seconds: that it took, without loading the network.
+        seconds: that it took, without loading and converting the network.
         problems: one line per site that could not be read.
     """
 
+    engine: str = ""
     sites: int = 0
     cells: int = 0
     present: int = 0
@@ -75,7 +78,9 @@ class ProfileReport:
     def lines(self) -> list[str]:
         """The report as text."""
         pace = self.cells / self.seconds if self.seconds else 0.0
-        told = [f"{self.cells} cells of {self.sites} sites in {self.seconds:.1f} s ({pace:.0f} cells/s)"]
+        told = [
+            f"{self.cells} cells of {self.sites} sites in {self.seconds:.1f} s ({pace:.0f} cells/s) by {self.engine}"
+        ]
         if self.present:
             told.append(f"{self.present} sites were done before")
         if self.empty:
@@ -110,7 +115,8 @@ def profile_cells(
     Args:
         project: whose cells; features go to outputs/EXP/features, and tables to outputs/EXP/features/cells.
         profiler: of `load_profiler`.
-        runtime: device and precision; fp32 gives DeepProfiler's numbers to 1e-5.
+        runtime: device and precision; fp32 gives DeepProfiler's numbers to 1e-5. In bf16 on a processor OpenVINO
+            computes, where it is installed and agrees.
         batch_size: crops; None takes profile.batch_size. On a processor at most 16, which is faster there.
         geometry: "parity" or "slice".
         store: "npz", "parquet" or "both".
@@ -121,35 +127,33 @@ def profile_cells(
     Raises:
         CellsError: features of another network or other settings are already there.
     """
-    import torch
-
     if store not in STORES:
         raise CellsError(f"no store {store!r}: choose one of {', '.join(STORES)}")
     index = read_index(project, part)
     size = batch_size or int(project.config["profile.batch_size"])
     if runtime.device.type == "cpu":
         size = min(size, CPU_BATCH)
-    about = about_features(project.config, profiler, runtime, geometry, size)
+    network = fuse(profiler.network, profiler.layer)
+    give, engine = _features(dataclasses.replace(profiler, network=network), runtime, project.config)
+    about = about_features(project.config, profiler, runtime, geometry, size, engine)
     claim(project.features / ABOUT, about, overwrite)
     groups = [index.sites[start : start + GROUP] for start in range(0, len(index.sites), GROUP)]
     tables = [table_path(project, part, number) for number in range(len(groups))]
-    report = ProfileReport()
+    report = ProfileReport(engine)
     todo = []
     for number, sites in enumerate(groups):
         if not overwrite and is_done(project, sites, tables[number], store):
             report.present += len(sites)
         else:
             todo.append(number)
-    network = fuse(profiler.network, profiler.layer).to(runtime.device).to(memory_format=torch.channels_last)
     started = time.monotonic()
     tasks = ((project.config, site, geometry) for number in todo for site in groups[number])
     cuts = ordered_map(_cut, tasks, workers)
-    ready = dataclasses.replace(profiler, network=network)
     with _side_by_side(runtime) as pool:
         before: Callable[[], None] | None = None
         for number in todo:
             arrived = [next(cuts) for _ in groups[number]]
-            features = _start_group(ready, runtime, arrived, size, pool)
+            features = _start_group(give, arrived, size, pool)
             if before is not None:  # one group is written while the next is computed
                 before()
             before = functools.partial(
@@ -185,26 +189,41 @@ def _cut_site(config: Config, site: Site, geometry: str) -> _Cut:
     return _Cut(site, centres, normalise(crops_NCHW))
 
 
+def _features(profiler: Profiler, runtime: Runtime, config: Config) -> tuple[_Give, str]:
+    """What turns a batch of crops into features, and the name of the engine that does it."""
+    import torch
+
+    from marten.cells.fast_network import openvino_features  # not above: processes that cut crops need no torch
+
+    fast, told = None, "torch"
+    if (runtime.device.type, runtime.precision) == ("cpu", "bf16"):
+        box = int(config["dataset.locations.box_size"])
+        channels, size_px = (3, profiler.size_px) if profiler.repeats else (len(config.channels), box)
+        fast, told = openvino_features(profiler, channels, size_px, usable_cpus())
+    network = profiler.network.to(runtime.device).to(memory_format=torch.channels_last)
+
+    def give(batch: Crops) -> NDArray[np.float32]:
+        crops_NCHW = torch.from_numpy(batch).to(runtime.device, non_blocking=True)
+        with torch.inference_mode():
+            if profiler.repeats:
+                crops_NCHW = repeat_channels(crops_NCHW, profiler.size_px)
+            if fast is not None:
+                found = fast(crops_NCHW)
+            else:
+                with runtime.autocast():
+                    shaped_NCHW = crops_NCHW.to(memory_format=torch.channels_last)
+                    found = layer_output(network, shaped_NCHW, profiler.layer)
+        return np.asarray(to_numpy(found).reshape(len(batch), -1))
+
+    return give, told
+
+
 def _start_group(
-    profiler: Profiler, runtime: Runtime, cuts: list[_Cut], batch_size: int, pool: ThreadPoolExecutor | None
+    give: _Give, cuts: list[_Cut], batch_size: int, pool: ThreadPoolExecutor | None
 ) -> Iterator[NDArray[np.float32]]:
     """Begin to compute the features of a group, batches running across its sites; gives them batch by batch."""
-    run = functools.partial(_run, profiler, runtime)
     batches = _batches(cuts, batch_size)
-    return iter([run(batch) for batch in batches]) if pool is None else pool.map(run, batches)
-
-
-def _keep_memory() -> None:
-    """Let the C library keep freed blocks: fetching them from the system at every layer costs a third of the time."""
-    import ctypes
-
-    try:
-        allocator = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):  # another C library than GNU's
-        return
-    trim_threshold, mmap_threshold = -1, -3
-    allocator(mmap_threshold, 1 << 28)
-    allocator(trim_threshold, 1 << 29)
+    return iter([give(batch) for batch in batches]) if pool is None else pool.map(give, batches)
 
 
 @contextmanager
@@ -217,10 +236,12 @@ def _side_by_side(runtime: Runtime) -> Iterator[ThreadPoolExecutor | None]:
     """
     import torch
 
+    from marten.allocator import keep_freed_memory
+
     if runtime.device.type != "cpu":
         yield None
         return
-    _keep_memory()
+    keep_freed_memory()
     with ThreadPoolExecutor(usable_cpus(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         yield pool
 
@@ -240,18 +261,6 @@ def _batches(cuts: list[_Cut], batch_size: int) -> Iterator[Crops]:
                 waiting, count = [], 0
     if waiting:
         yield np.concatenate(waiting)
-
-
-def _run(profiler: Profiler, runtime: Runtime, batch: Crops) -> NDArray[np.float32]:
-    import torch
-
-    cells = len(batch)
-    crops_NCHW = torch.from_numpy(batch).to(runtime.device, non_blocking=True)
-    with torch.inference_mode(), runtime.autocast():
-        if profiler.repeats:
-            crops_NCHW = repeat_channels(crops_NCHW, profiler.size_px)
-        found = layer_output(profiler.network, crops_NCHW.to(memory_format=torch.channels_last), profiler.layer)
-    return np.asarray(to_numpy(found).reshape(cells, -1))
 
 
 def _write_group(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from marten.architectures import build_network
+from marten.cells import fast_network
 from marten.cells.errors import CellsError
 from marten.cells.feature_files import npz_path
 from marten.cells.index import read_index, split_index
@@ -290,3 +292,37 @@ def test_a_fused_network_gives_the_same_features(arch, layer):
     x = torch.rand(2, 2, 64, 64)
     with torch.inference_mode():
         torch.testing.assert_close(fused.features(x, layer), network.features(x, layer), rtol=1e-4, atol=1e-5)
+
+
+def profiled(tiny, experiment: str, precision: str, **kwargs):
+    shutil.copytree(tiny.root / "outputs/results/checkpoint", tiny.root / f"outputs/{experiment}/checkpoint")
+    project = tiny.open(experiment=experiment)
+    report = profile_cells(project, load_profiler(project), choose_runtime("cpu", precision), **kwargs)
+    sites = [npz_path(project, site) for site in read_index(project).sites]
+    return report, project, np.concatenate([np.load(path)["features"] for path in sites])
+
+
+def test_bf16_is_openvinos_near_to_fp32_and_the_same_again(keras):
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    exact, _, features = profiled(keras, "exact", "fp32")
+    short, project, rounded = profiled(keras, "short", "bf16")
+    assert (exact.engine, short.engine, short.cells) == ("torch", "OpenVINO", exact.cells)
+    cosine = (features * rounded).sum(1) / np.linalg.norm(features, axis=1) / np.linalg.norm(rounded, axis=1)
+    assert cosine.min() >= 0.999
+    assert np.abs(features - rounded).max() > 0
+    assert json.loads((project.features / "profile.json").read_text())["engine"] == "OpenVINO"
+    np.testing.assert_array_equal(rounded, profiled(keras, "again", "bf16", workers=2)[2])
+
+
+@pytest.mark.parametrize("lack", ["package", "agreement"])
+def test_bf16_falls_back_to_torch_with_a_reason(keras, monkeypatch, lack):
+    if lack == "package":
+        monkeypatch.setitem(sys.modules, "openvino", None)
+    else:
+        pytest.importorskip("openvino", reason="OpenVINO is not installed")
+        monkeypatch.setattr(fast_network, "COSINE", 1.1)
+    report, project, features = profiled(keras, "short", "bf16")
+    wanted = {"package": "torch, for OpenVINO cannot (ModuleNotFound", "agreement": "a cosine of 0.99"}
+    assert wanted[lack] in report.engine
+    assert "engine" not in json.loads((project.features / "profile.json").read_text())
+    assert (features.shape, bool(np.isfinite(features).all())) == ((report.cells, 1280), True)
