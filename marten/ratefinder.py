@@ -68,6 +68,8 @@ def find_rate(settings: Settings, steps: int = STEPS) -> int:
     finally:
         run.batches.close()
         run.held_out.close()
+    if not losses:
+        raise TrainingError("the very first loss is no number: try --precision fp32, or other --weights")
     smooth = smoothed(losses)
     chosen = steepest(rates, smooth)
     folder = settings.run_folder
