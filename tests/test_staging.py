@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from marten import unpacking
 from marten.errors import DataError
 from marten.files import ROOT
 from marten.staging import node_local_folder, stage
@@ -81,6 +82,25 @@ def test_another_archive_of_that_name_takes_its_place(zipped: Path, tmp_path: Pa
     with zipfile.ZipFile(zipped, "w") as archive:
         archive.writestr("cat.0.jpg", "new")
     assert content(stage(zipped, tmp_path / "node").folder) == {"cat.0.jpg": b"new"}
+
+
+def test_b3_04_a_tar_crosses_the_network_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "pets.tgz"
+    with tarfile.open(source, "w:gz") as archive:
+        archive.add(folder / "train", "train")
+    counts: list[int] = []
+    readinto = unpacking._Summed.readinto
+
+    def counting(self: unpacking._Summed, buffer: object) -> int:
+        counts.append(readinto(self, buffer))
+        return counts[-1]
+
+    monkeypatch.setattr(unpacking._Summed, "readinto", counting)
+    monkeypatch.setattr(unpacking, "_sums", None)
+    md5 = hashlib.md5(source.read_bytes()).hexdigest()
+    staged = stage(source, tmp_path / "node", digest=f"md5:{md5}")
+    assert sum(counts) == source.stat().st_size
+    assert staged.sha256 == hashlib.sha256(source.read_bytes()).hexdigest()
 
 
 def test_a_digest_is_held_to(zipped: Path, tmp_path: Path) -> None:
