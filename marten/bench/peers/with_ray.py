@@ -33,7 +33,8 @@ class Classifier:
         return self._answerer.answers(pictures)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Serve until SIGTERM."""
     from marten.bench.peers import with_ray  # replicas find the class by this name, not by __main__
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -41,7 +42,13 @@ if __name__ == "__main__":
     ray.init(include_dashboard=False, _temp_dir=order.folder, logging_level="error")
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": order.port})
-        serve.run(serve.deployment(with_ray.Classifier).options(num_replicas=order.workers).bind())
+        # the usual 5 requests at once could never fill a batch
+        more = {"max_ongoing_requests": 2 * BATCH} if order.way == OURS else {}
+        serve.run(serve.deployment(with_ray.Classifier).options(num_replicas=order.workers, **more).bind())
         signal.pause()
     finally:
         ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()
