@@ -34,6 +34,7 @@ class Door:
         per_second: requests that one address may make; twice as many at once.
         explanations: whether heat maps are offered, at three times the cost of an answer.
         metrics_port: of 127.0.0.1, for Prometheus; None where nobody asks.
+        collector: of OpenTelemetry spans, by HTTP; None where there is none.
     """
 
     address: Address
@@ -42,6 +43,7 @@ class Door:
     per_second: int = 100
     explanations: bool = False
     metrics_port: int | None = None
+    collector: Address | None = None
 
     def __post_init__(self) -> None:
         if self.secrets is None and not is_loopback(self.address.host):
@@ -103,6 +105,12 @@ def write_config(door: Door, models: Sequence[str], replicas: Sequence[Address],
     if door.secrets is None:
         del chain["transport_socket"], chain["transport_socket_connect_timeout"]
     manager = chain["filters"][0]["typed_config"]
+    if door.collector is not None:
+        traced = _read(PROXY / "tracing.yaml", {})
+        manager["tracing"] = traced["tracing"]
+        place = traced["cluster"]["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]["address"]
+        place["socket_address"] = _socket(door.collector)
+        config["static_resources"]["clusters"].append(traced["cluster"])
     host = manager["route_config"]["virtual_hosts"][0]
     host["routes"] = _routes(host["routes"], door, models)
     for each in manager["http_filters"]:

@@ -472,6 +472,49 @@ def test_keys_are_changed_without_a_restart(opened: Opened) -> None:
 
 
 @pytest.mark.door
+def test_spans_reach_a_collector_and_figures_prometheus(tmp_path: Path) -> None:
+    collected: list[tuple[str, bytes]] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = b""  # it comes in chunks
+            while size := int(self.rfile.readline(), 16):
+                body += self.rfile.read(size + 2)
+            self.rfile.readline()
+            collected.append((self.path, body))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        ports = free_ports(1)
+        spans = Address("127.0.0.1", server.server_address[1])
+        for opened in open_door(tmp_path, metrics_port=ports[0], collector=spans):
+            request_id = opened.ask()[1]["x-request-id"].encode()
+            deadline = time.monotonic() + 20
+            while not any(request_id in body for _, body in collected):
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            assert {path for path, _ in collected} == {"/v1/traces"}
+            connection = http.client.HTTPConnection("127.0.0.1", ports[0], timeout=10)
+            connection.request("GET", "/stats/prometheus")
+            told = connection.getresponse().read().decode()
+            assert (
+                'envoy_http_downstream_rq_xx{envoy_response_code_class="2",envoy_http_conn_manager_prefix="door"}'
+                in told
+            )
+            connection.request("POST", "/quitquitquit")
+            assert connection.getresponse().status == 404
+            connection.close()
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.door
 def test_envoy_takes_the_shipped_files(tmp_path: Path) -> None:
     """As the container's service has them, but for places that exist here."""
     try:
