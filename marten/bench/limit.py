@@ -89,14 +89,15 @@ def _main(weights: Path, folder: Path, threads: int) -> None:
 
 def _time(work: Callable[[int], int], seconds: float) -> dict[str, float]:
     work(0)
-    begun, done, times, turn = time.perf_counter(), 0, [], 0
+    begun, cpu_begun, done, times, turn = time.perf_counter(), time.process_time(), 0, [], 0
     while time.perf_counter() < begun + seconds:
         asked = time.perf_counter()
         done += work(turn)
         times.append(1000 * (time.perf_counter() - asked))
         turn += 1
     rate = done / (time.perf_counter() - begun)
-    return {"requests_s": rate, "p50_ms": median(times), "p99_ms": percentile(times, 99), "failed": 0}
+    cpu_ms = 1000 * (time.process_time() - cpu_begun) / done
+    return {"requests_s": rate, "p50_ms": median(times), "p99_ms": percentile(times, 99), "failed": 0, "cpu_ms": cpu_ms}
 
 
 if __name__ == "__main__":

@@ -29,12 +29,14 @@ class Load:
         requests_s: answers with status 200 per second.
         p50_ms, p99_ms: of the time from asking to the last byte of the answer.
         failed: answers of another status, and broken connections.
+        cpu_ms: processor time of each answer, where it was measured with it; else 0.
     """
 
     requests_s: float
     p50_ms: float
     p99_ms: float
     failed: int
+    cpu_ms: float = 0.0
 
 
 @dataclass(frozen=True)
