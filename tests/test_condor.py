@@ -85,13 +85,13 @@ def test_a_sweep_as_a_dag_loses_a_node_and_is_rescued(pool: str, tmp_path: Path)
     until((folder / "out/model_1.pth").exists, 200, "the short run")
     long = command("condor_q", "-constraint", 'DAGNodeName == "lr4"', "-af", "ClusterId", folder=folder, path=pool)
     command("condor_rm", long.strip(), folder=folder, path=pool)
-    until(lambda: "EXITING WITH STATUS 1" in text(log), 100, "the DAG's failure")
+    until(lambda: "EXITING WITH STATUS 1" in text(log), 300, "the DAG's failure")
     assert (folder / "sweep.dag.rescue001").exists()
     assert not (folder / "out/results.csv").exists()
 
     (folder / "sweep.dag").write_text(page + 'VARS lr4 length="2"\n')
     command("condor_submit_dag", "sweep.dag", folder=folder, path=pool)
-    until(lambda: "EXITING WITH STATUS 0" in text(log), 300, "the rescued DAG's end")
+    until(lambda: "EXITING WITH STATUS 0" in text(log), 900, "the rescued DAG's end")
     assert len(list(folder.glob("1.*.out"))) == 1, "the run that had ended was run again"
     with open(folder / "out/results.csv", newline="") as file:
         rows = {row["run"]: row for row in csv.DictReader(file)}
