@@ -2,6 +2,7 @@
 
 layers          layers that share a batch against the layers that see it whole; prints "equal"
 run DATA OUT N  a training by tests.runs.QUICK, which the last process is asked to stop after N batches (0: never)
+lose DATA OUT   one in which the last process cannot read its fifth picture
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from marten.batches import Pictures
 from marten.distributed import World, find_world, joined
+from marten.errors import MISUSED, UsageError
 from marten.progress import console
 from marten.sharedlayers import share_batch_norm, share_dropout
 
@@ -51,17 +54,46 @@ def compare_layers(world: World) -> None:
     print("equal", flush=True)
 
 
+def fail_first(world: World) -> None:
+    """What the first process cannot do ends all with its exit code, and it alone says why."""
+
+    def refuse() -> None:
+        raise UsageError("no")
+
+    try:
+        world.first(refuse)
+    except UsageError:
+        told = "refused"
+    except SystemExit as end:
+        told = f"ended with {end.code}"
+    assert told == ("refused" if world.is_first else f"ended with {MISUSED}")
+    assert world.first(lambda: {"said by": world.rank}) == {"said by": 0}
+
+
+def lose_fifth_picture() -> None:
+    read, seen = Pictures.__getitem__, []
+
+    def lose(self: Pictures, place: tuple[int, int]) -> object:
+        seen.append(place)
+        return "the fifth is gone" if len(seen) == 5 else read(self, place)
+
+    Pictures.__getitem__ = lose  # type: ignore[assignment,method-assign]
+
+
 def main(verb: str, *words: str) -> int:
     world = find_world()
     console.quiet = not world.is_first
     with joined(world, "cpu"):
         if verb == "layers":
             compare_layers(world)
+            fail_first(world)
             return 0
         from tests.runs import run_once
 
-        data, out, times = words
+        data, out, times = (*words, "0")[:3]
         is_last = world.rank == world.size - 1
+        if verb == "lose" and is_last:
+            lose_fifth_picture()
         return run_once(Path(data), Path(out), int(times) if is_last and int(times) else None, world)
 
 
