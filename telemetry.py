@@ -46,11 +46,9 @@ class Record:
     answers: List[Tuple[str, float]] = dataclasses.field(default_factory=list)
 
     def note_answer(self, answer: Mapping[str, Any]) -> None:
-        """Keep the likeliest label of an answer that has labels; scores and embeddings have none."""
-        several = answer.get("predictions")  # of KServe's instances; a label may be called so as well
-        for told in several if isinstance(several, list) else [answer]:
-            shares = [(label, share) for label, share in told.items() if isinstance(share, float) and label != "score"]
-            self.answers += shares[:1]
+        """Keep the likeliest label of a classifier's answer; scores and embeddings have none."""
+        shares = [(label, share) for label, share in answer.items() if isinstance(share, float) and label != "score"]
+        self.answers += shares[:1]
 
 
 def new_record(context: Any, i: int) -> Record:

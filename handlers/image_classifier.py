@@ -17,6 +17,7 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
+import functools
 import importlib
 import json
 import logging
@@ -24,7 +25,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Union
 
 import torch
 
@@ -39,7 +40,7 @@ import engines  # noqa: E402
 import explain  # noqa: E402
 import modelspec  # noqa: E402
 import telemetry  # noqa: E402
-from modelspec import CardError, ModelCard, PictureError  # noqa: E402
+from modelspec import CardError, ModelCard, ModelSpec, PictureError  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,9 @@ PHRASES = {
 Reply = Union[Dict[str, Any], bytes]
 Outcome = Union[torch.Tensor, List[torch.Tensor], Reply, PictureError]
 """What became of one row so far: its pixels (of each of its instances), its answer, or the reason why there is none."""
+
+Wrap = Callable[[List[Outcome]], Outcome]
+"""Puts the answers of one row's pictures together."""
 
 
 class MartenClassifier(ImageClassifier):  # type: ignore[misc]
@@ -117,13 +121,17 @@ class MartenClassifier(ImageClassifier):  # type: ignore[misc]
         self.context = context
         self.records = [telemetry.new_record(context, i) for i in range(len(data))]
         self.forward_s = 0.0
+        self.wrap: Dict[int, Wrap] = {}
         outcomes = self.preprocess(data)
         self._explain_rows(outcomes)
         rows = {i: pixels_of(outcome) for i, outcome in enumerate(outcomes) if pixels_of(outcome)}
         answers = iter(self._answer([pixels for pictures in rows.values() for pixels in pictures]))
         for i, pictures in rows.items():
             told = [next(answers) for _ in pictures]
-            outcomes[i] = told[0] if isinstance(outcomes[i], torch.Tensor) else together(told)
+            for answer in told:
+                if isinstance(answer, dict):
+                    self.records[i].note_answer(answer)
+            outcomes[i] = self.wrap[i](told) if i in self.wrap else told[0]
         replies = [self._reply(i, outcome) for i, outcome in enumerate(outcomes)]
         telemetry.tell(context, self.records, self.forward_s, self.settings["log_requests"])
         if getattr(context, "metrics", None) is not None:
@@ -152,10 +160,13 @@ class MartenClassifier(ImageClassifier):  # type: ignore[misc]
         try:
             if self.context.get_request_header(i, "describe") == "True":
                 return {"spec": dataclasses.asdict(self.spec), "metrics": dict(self.card.metrics)}
-            pictures, several = encoded_pictures(row)
+            pictures, wrap = encoded_pictures(row, self.spec)
             self.records[i].size_bytes = sum(map(len, pictures))
             pixels = [self.spec.preprocess.pixels(self.spec.preprocess.read(picture)) for picture in pictures]
-            return pixels if several else pixels[0]
+            if wrap is None:
+                return pixels[0]
+            self.wrap[i] = wrap
+            return pixels
         except PictureError as error:
             return error
         except MemoryError:
@@ -228,7 +239,6 @@ class MartenClassifier(ImageClassifier):  # type: ignore[misc]
             return outcome
         self.context.set_response_content_type(i, "application/json")
         if isinstance(outcome, dict):
-            self.records[i].note_answer(outcome)
             return outcome
         assert isinstance(outcome, PictureError)
         phrase = PHRASES[outcome.status]
@@ -303,11 +313,14 @@ def read_settings(config: Any) -> Dict[str, Any]:
 # ---------------------------------------------------------------------------------- from a request to a picture
 
 
-def encoded_pictures(row: Mapping[str, Any]) -> Tuple[List[bytes], bool]:
-    """The pictures of a request, and whether they came as KServe's v1 {"instances": [...]}, which may be several.
+def encoded_pictures(row: Mapping[str, Any], spec: ModelSpec) -> Tuple[List[bytes], Optional[Wrap]]:
+    """The pictures of a request, and how their answers are put together where it spoke one of KServe's protocols.
+
+    v1 is {"instances": [{"b64": "..."}]}; v2, the Open Inference Protocol, {"inputs": [{"datatype": "BYTES", "data":
+    ["..."]}]}. Both may hold several pictures, in base64.
 
     Raises:
-        PictureError: as `encoded_picture`; or no instance, or more than MAX_INSTANCES.
+        PictureError: as `encoded_picture`; or no picture, or more than MAX_INSTANCES.
     """
     value = row.get("body")
     if isinstance(value, (bytes, bytearray)) and value.lstrip()[:1] == b"{":
@@ -316,12 +329,23 @@ def encoded_pictures(row: Mapping[str, Any]) -> Tuple[List[bytes], bool]:
         except (ValueError, RecursionError) as error:
             raise PictureError(400, "the body is broken JSON") from error
         row = {**row, "body": value}
-    if not isinstance(value, dict) or "instances" not in value:
-        return [encoded_picture(row)], False
-    instances = value["instances"]
-    if not isinstance(instances, list) or not 1 <= len(instances) <= MAX_INSTANCES:
+    if isinstance(value, dict) and "instances" in value:
+        return [_from_json(instance) for instance in _bounded(value["instances"])], together
+    if isinstance(value, dict) and "inputs" in value:
+        inputs = value["inputs"]
+        if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
+            raise PictureError(400, "send one input, of pictures")
+        if inputs[0].get("datatype") != "BYTES":
+            raise PictureError(400, "send pictures as base64 in an input of the datatype BYTES")
+        pictures = [_from_json(text) for text in _bounded(inputs[0].get("data"))]
+        return pictures, functools.partial(as_outputs, spec, value.get("id"))
+    return [encoded_picture(row)], None
+
+
+def _bounded(listed: Any) -> List[Any]:
+    if not isinstance(listed, list) or not 1 <= len(listed) <= MAX_INSTANCES:
         raise PictureError(400, "send 1 to {} instances per request".format(MAX_INSTANCES))
-    return [_from_json(instance) for instance in instances], True
+    return listed
 
 
 def pixels_of(outcome: Outcome) -> List[torch.Tensor]:
@@ -335,6 +359,30 @@ def together(told: List[Outcome]) -> Outcome:
     """The answers of one row's instances as KServe v1 wants them, or the first of them that is none."""
     failed = [outcome for outcome in told if isinstance(outcome, PictureError)]
     return failed[0] if failed else {"predictions": told}
+
+
+def as_outputs(spec: ModelSpec, request_id: Any, told: List[Outcome]) -> Outcome:
+    """The answers of one row's pictures as the Open Inference Protocol's tensors, or the first of them that is none.
+
+    A classifier's are `label` and `probability`, of shape [pictures] or, with a topk over 1, [pictures, topk].
+    """
+    answers = [outcome for outcome in told if isinstance(outcome, dict)]
+    if len(answers) < len(told):
+        return together(told)
+    if spec.task == "classification":
+        shape = [len(answers)] + ([len(answers[0])] if len(answers[0]) > 1 else [])
+        columns = [
+            ("label", "BYTES", shape, [label for answer in answers for label in answer]),
+            ("probability", "FP32", shape, [share for answer in answers for share in answer.values()]),
+        ]
+    elif spec.task == "regression":
+        columns = [("score", "FP32", [len(answers)], [answer["score"] for answer in answers])]
+    else:
+        rows = [answer["embedding"] for answer in answers]
+        columns = [("embedding", "FP32", [len(rows), len(rows[0])], [value for row in rows for value in row])]
+    outputs = [dict(zip(("name", "datatype", "shape", "data"), column)) for column in columns]
+    told_id = {"id": request_id} if isinstance(request_id, str) else {}
+    return {"model_name": spec.name, "model_version": spec.version, **told_id, "outputs": outputs}
 
 
 def encoded_picture(row: Mapping[str, Any]) -> bytes:

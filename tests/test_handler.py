@@ -24,11 +24,11 @@ from PIL import Image
 
 import engines
 from handlers import image_classifier
-from handlers.image_classifier import MartenClassifier, encoded_picture, read_settings
+from handlers.image_classifier import MartenClassifier, as_outputs, encoded_picture, read_settings
 from marten import archive_probe
 from marten.answer_check import answer_distance, expected_outputs
 from marten.archive_probe import read_replies
-from modelspec import CardError, ModelCard, PictureError, Preprocess
+from modelspec import CardError, ModelCard, ModelSpec, PictureError, Preprocess
 from tests.conftest import ROOT, save_untrained
 from tests.pictures import as_base64, bad_pictures, draw, encode, odd_pictures
 
@@ -358,6 +358,61 @@ def test_nothing_breaks_without_metrics(serve: Callable[..., Server]) -> None:
     context = server.service.context
     context.metrics = None
     assert set(server.handler.handle([{"body": JPEG}], context)[0]) <= {"cat", "dog"}
+
+
+def v2(*texts: str, **changes: Any) -> list[tuple[str, str, Any]]:
+    """A request of the Open Inference Protocol."""
+    image = {"name": "image", "shape": [len(texts)], "datatype": "BYTES", "data": list(texts), **changes}
+    return [("body", JSON, {"id": "mine", "inputs": [image]})]
+
+
+def test_the_open_inference_protocol_is_spoken(serve: Callable[..., Server]) -> None:
+    server = serve()
+    plain = [reply["body"] for reply in server.ask(JPEG, ODD["jpeg_444"])]
+    one, two = server.send([v2(TEXT), v2(TEXT, as_base64(ODD["jpeg_444"]))])
+    assert (one["code"], two["code"]) == (200, 200)
+    assert {key: one["body"][key] for key in ("id", "model_version")} == {"id": "mine", "model_version": "1.0"}
+    label, probability = two["body"]["outputs"]
+    assert (label["name"], label["datatype"], label["shape"]) == ("label", "BYTES", [2])
+    assert (probability["name"], probability["datatype"], probability["shape"]) == ("probability", "FP32", [2])
+    told = [{name: share} for name, share in zip(label["data"], probability["data"], strict=True)]
+    for answer, expected in zip(told, plain, strict=True):
+        assert answer == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_open_inference_protocol_tells_every_label_of_topk(serve: Callable[..., Server]) -> None:
+    (reply,) = serve(topk=2).send([v2(TEXT, TEXT, TEXT)])
+    label, probability = reply["body"]["outputs"]
+    assert label["shape"] == probability["shape"] == [3, 2]
+    assert [sorted(label["data"][i : i + 2]) for i in (0, 2, 4)] == [["cat", "dog"]] * 3
+    assert sum(probability["data"]) == pytest.approx(3)
+
+
+def test_scores_and_embeddings_are_tensors_too() -> None:
+    regression = ModelSpec("s", "a", task="regression")
+    (output,) = as_outputs(regression, None, [{"score": 1.5}, {"score": 2.5}])["outputs"]
+    assert output == {"name": "score", "datatype": "FP32", "shape": [2], "data": [1.5, 2.5]}
+    embedding = ModelSpec("e", "a", task="embedding")
+    (output,) = as_outputs(embedding, 3, [{"embedding": [1.0, 2.0, 3.0]}])["outputs"]
+    assert output == {"name": "embedding", "datatype": "FP32", "shape": [1, 3], "data": [1.0, 2.0, 3.0]}
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (v2(), 400),
+        (v2(TEXT, datatype="FP32"), 400),
+        (v2(TEXT, data=TEXT), 400),
+        (v2(*[TEXT] * 17), 400),
+        ([("body", JSON, {"inputs": []})], 400),
+        ([("body", JSON, {"inputs": ["x"]})], 400),
+        (v2(TEXT, as_base64(b"just a sentence")), 415),
+    ],
+    ids=["none", "numbers", "no list", "too many", "no input", "no object", "one bad"],
+)
+def test_what_is_no_v2_request_is_refused(serve: Callable[..., Server], request_: Any, status: int) -> None:
+    told = serve().send([request_, v2(TEXT)])
+    assert [reply["code"] for reply in told] == [status, 200]
 
 
 def test_explanations_are_heat_maps_bounded_in_number(serve: Callable[..., Server]) -> None:

@@ -118,6 +118,15 @@ def test_kserve_v1_is_spoken(server: Serve) -> None:
         assert told == pytest.approx(json.loads(server.ask("pets", ODD[name])[1]), abs=1e-5)
 
 
+def test_kserve_v2_is_spoken(server: Serve) -> None:
+    data = [as_base64(ODD[name]) for name in ("jpeg_rgb", "jpeg_444")]
+    body = json.dumps({"id": "mine", "inputs": [{"name": "x", "shape": [2], "datatype": "BYTES", "data": data}]})
+    address = f"http://127.0.0.1:{server.ports[0]}/v2/models/pets/infer"
+    words = ["curl", "-sS", "-H", "Content-Type: application/json", "-d", body, address]
+    told = json.loads(subprocess.run(words, capture_output=True, text=True, timeout=30, check=True).stdout)
+    assert (told["id"], [output["shape"] for output in told["outputs"]]) == ("mine", [[2], [2]])
+
+
 def test_the_archives_settings_reach_torchserve(server: Serve) -> None:
     done = subprocess.run(
         ["curl", "-sS", f"http://127.0.0.1:{server.ports[1]}/models/pets"], capture_output=True, timeout=30, check=True

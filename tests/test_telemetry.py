@@ -57,12 +57,8 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     ("answer", "kept"),
     [
         ({"cat": 0.75, "dog": 0.25}, [("cat", 0.75)]),
-        ({"predictions": [{"cat": 0.75}, {"dog": 0.5}]}, [("cat", 0.75), ("dog", 0.5)]),
-        ({"predictions": 0.75}, [("predictions", 0.75)]),
         ({"score": 3.5}, []),
         ({"embedding": [0.5, 0.25]}, []),
-        ({"label": "cat", "heat_map_png": "iVBO"}, []),
-        ({"spec": {"name": "pets"}, "metrics": {}}, []),
     ],
 )
 def test_the_likeliest_label_is_kept(answer: dict[str, Any], kept: list[tuple[str, float]]) -> None:
