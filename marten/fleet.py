@@ -32,6 +32,8 @@ LEAST_IN_FLIGHT = 8
 
 _HERE = "127.0.0.1"
 _TICK_S = 0.05
+_WATCH_S = 0.5
+_AGAIN_S = 5.0
 _SEEN_WITHIN_S = 20.0
 
 
@@ -77,6 +79,11 @@ class Fleet:
     def admin(self) -> Path:
         """Envoy's private socket."""
         return self.folder / "admin.sock"
+
+    @property
+    def port(self) -> int:
+        """Where the door listens."""
+        return int(self.url.rpartition(":")[2])
 
     @property
     def logs(self) -> Path:
@@ -235,25 +242,38 @@ def _replace(fleet: Fleet, old: int, settings: Settings, timeout_s: float, drain
 
 
 def mend(fleet: Fleet, crew: Crew, timeout_s: float = server.START_TIMEOUT_S) -> Fleet:
-    """Start a replica for each one that has died, and tell the door."""
-    for dead in [port for port in fleet.replicas if find_running(port) is None]:
-        running, _, _ = server.start(crew.settings(len(fleet.replicas)), timeout_s)
-        port = running.addresses["inference"].port
-        fleet = dataclasses.replace(fleet, replicas=(*(p for p in fleet.replicas if p != dead), port))
-        _announce(fleet, fleet.replicas)
-        _save(fleet)
+    """Start a replica for each one that has died, and tell the door.
+
+    Raises:
+        ServerError: one does not start, or another program is changing the replicas just now.
+    """
+    with locked(fleet.folder):
+        fleet = find(fleet.port) or fleet  # another program may have changed them
+        for dead in [port for port in fleet.replicas if find_running(port) is None]:
+            running, _, _ = server.start(crew.settings(len(fleet.replicas)), timeout_s)
+            port = running.addresses["inference"].port
+            fleet = dataclasses.replace(fleet, replicas=(*(p for p in fleet.replicas if p != dead), port))
+            _announce(fleet, fleet.replicas)
+            _save(fleet)
     return fleet
 
 
-def watch(fleet: Fleet, crew: Crew) -> NoReturn:
-    """Stay, and start anew every replica that dies.
+def watch(fleet: Fleet, crew: Crew, say: Callable[[str], None]) -> NoReturn:
+    """Stay, and start anew every replica that dies; one that cannot start is tried again every few seconds.
 
     Raises:
         ServerError: the door itself has ended.
     """
     while find_process(fleet.pid, fleet.created) is not None:
-        fleet = mend(find(int(fleet.folder.name.rpartition("-")[2])) or fleet, crew)
-        time.sleep(0.5)
+        fleet = find(fleet.port) or fleet
+        if len(fleet.running()) < len(fleet.replicas):
+            try:
+                fleet = mend(fleet, crew)
+                say(f"started anew: {fleet.replicas[-1]}")
+            except ServerError as error:
+                say(str(error))
+                time.sleep(_AGAIN_S)
+        time.sleep(_WATCH_S)
     raise ServerError(f"Envoy (process {fleet.pid}) has ended, and nobody asked it to: see {fleet.logs}/envoy.log")
 
 

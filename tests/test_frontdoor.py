@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -618,19 +619,24 @@ def test_an_update_under_load_loses_nothing(tmp_path: Path, monkeypatch: pytest.
     build_archive(tmp_path / "store", "echo")
     secrets, _ = open_or_make(tmp_path / "secrets")
     crew = fleet.Crew(store=tmp_path / "store", workers=1)
-    made = fleet.start(Door(Address("127.0.0.1", free_ports(1)[0]), tmp_path / "secrets"), crew)
+    made = fleet.start(Door(Address("127.0.0.1", free_ports(1)[0]), tmp_path / "secrets"), crew, timeout_s=300)
     try:
         assert [status.ready for status in fleet.check(made)] == [True]
         with Crowd(Entrance(made.url, secrets.certificate, secrets.key), "echo", [golden_picture()], 3) as crowd:
-            updated = fleet.update(made, crew)
+            updated = fleet.update(made, crew, 300)
             time.sleep(0.5)
         assert crowd.failed == []
         assert len(crowd.answered) > 10
         assert updated.replicas != made.replicas
+        os.kill(updated.running()[0].pid, signal.SIGKILL)
+        wait_until(lambda: updated.running() == [], 10)
+        mended = fleet.mend(updated, crew, 300)
+        assert mended.replicas != updated.replicas
+        wait_until(lambda: mended.is_healthy(mended.replicas[0]), 20)
         assert find_process(made.pid) is not None
     finally:
-        last = fleet.find(int(made.url.rpartition(":")[2]))
+        last = fleet.find(made.port)
         assert last is not None
         assert fleet.stop(last) == 0
-    assert fleet.find(int(made.url.rpartition(":")[2])) is None
+    assert fleet.find(made.port) is None
     assert last.running() == []

@@ -19,7 +19,7 @@ from marten.bench.endurance import leak, soak
 from marten.bench.load import percentile
 from marten.bench.outside import reach_from_outside
 from marten.bench.report import Row
-from marten.bench.stack import TICK_S, Stack, tell
+from marten.bench.stack import START_S, TICK_S, Stack, tell
 from marten.runtime import find_process
 
 # ------------------------------------------------------------------------------------------ deaths and replacements
@@ -50,7 +50,7 @@ def terminate_replicas(stack: Stack) -> list[Row]:
             os.kill(victim.pid, signal.SIGTERM)
             while find_process(victim.pid) is not None:
                 time.sleep(TICK_S)
-            stack.fleet = fleet.mend(stack.fleet, stack.crew)
+            stack.fleet = fleet.mend(stack.fleet, stack.crew, START_S)
             stack.wait_until_whole()
             stack.say(f"  {turn + 1} of {stack.lengths.count} ended and replaced, {len(crowd.failed)} failed so far")
     tell(stack, f"{stack.lengths.count} SIGTERMs", crowd)
@@ -61,7 +61,7 @@ def update_models(stack: Stack) -> list[Row]:
     """Replace every replica, again and again."""
     with stack.crowd() as crowd:
         for turn in range(stack.lengths.count):
-            stack.fleet = fleet.update(stack.fleet, stack.crew)
+            stack.fleet = fleet.update(stack.fleet, stack.crew, START_S)
             stack.say(f"  {turn + 1} of {stack.lengths.count} updates, {len(crowd.failed)} failed so far")
     tell(stack, f"{stack.lengths.count} rolling updates", crowd)
     return [Row(f"{stack.lengths.count} rolling updates: requests lost", len(crowd.failed), 0, False)]
