@@ -10,6 +10,7 @@ from __future__ import annotations
 import http.client
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -27,13 +28,28 @@ _TICK_S = 0.1
 _DEFAULT_RESPONSE_TIMEOUT_S = 120
 
 
+@dataclass(frozen=True)
+class Handover:
+    """What became of one endpoint.
+
+    Attributes:
+        before: version that answered.
+        now: version that answers; the same where nothing had to be done.
+        freed: whether the one before has left the memory.
+    """
+
+    before: str
+    now: str
+    freed: bool = True
+
+
 def can_roll_out(running: Running) -> bool:
     """Whether a server was started with TorchServe's model API, which loads and removes versions while it runs."""
     properties = parse_properties(str(running.fingerprint["config"]))
     return properties.get("enable_model_api", "false").lower() == "true"
 
 
-def roll_out(running: Running, file: str, timeout_s: float = LOAD_TIMEOUT_S) -> dict[str, tuple[str, str]]:
+def roll_out(running: Running, file: str, timeout_s: float = LOAD_TIMEOUT_S) -> dict[str, Handover]:
     """Let every endpoint of an archive be answered by what lies in the store now.
 
     Args:
@@ -42,7 +58,7 @@ def roll_out(running: Running, file: str, timeout_s: float = LOAD_TIMEOUT_S) -> 
         timeout_s: longest wait for the new version to load, and for the old one's last answers.
 
     Returns:
-        (version before, version now) by endpoint; equal where nothing had to be done.
+        What became of each endpoint, by name.
 
     Raises:
         ServerError: the server does not serve that archive, has no model API, or the new version does not load or
@@ -62,15 +78,15 @@ def roll_out(running: Running, file: str, timeout_s: float = LOAD_TIMEOUT_S) -> 
     for name in endpoints:
         mar = Path(archives[name][0])
         check_digest(mar)
-        done[name] = (_version_in_use(running, name), archive_version(mar))
-        if done[name][0] != done[name][1]:
-            _replace(running, name, file, *done[name], timeout_s)
+        before, now = _version_in_use(running, name), archive_version(mar)
+        freed = before == now or _replace(running, name, file, before, now, timeout_s)
+        done[name] = Handover(before, now, freed)
         archives[name] = [str(mar), mar.stat().st_size, mar.stat().st_mtime_ns]
         _remember(running, archives)
     return done
 
 
-def _replace(running: Running, name: str, file: str, old: str, new: str, timeout_s: float) -> None:
+def _replace(running: Running, name: str, file: str, old: str, new: str, timeout_s: float) -> bool:
     inference, management = running.addresses["inference"], running.addresses["management"]
     workers = len(worker_pids(management, name)) or 1
     # synchronous=true would hold one of the few threads that also read pictures, for as long as the model loads
@@ -89,7 +105,7 @@ def _replace(running: Running, name: str, file: str, old: str, new: str, timeout
             raise ServerError(f"{name} {new} cannot take over, {old} goes on: {error}") from error
         raise
     _let_finish(management, name, old, timeout_s)
-    _manage(management, "DELETE", f"/models/{name}/{old}", timeout_s)
+    return _remove(management, name, old, timeout_s)
 
 
 def _wait_until_loaded(running: Running, name: str, version: str, failures: int, timeout_s: float) -> None:
@@ -125,6 +141,15 @@ def _let_finish(management: Address, name: str, version: str, timeout_s: float) 
             break
         time.sleep(_TICK_S)
     time.sleep(float(told.get("responseTimeout") or _DEFAULT_RESPONSE_TIMEOUT_S))
+
+
+def _remove(management: Address, name: str, version: str, timeout_s: float) -> bool:
+    """Take a version out of the server; it answers nobody any more, so a failure costs memory alone."""
+    try:
+        _manage(management, "DELETE", f"/models/{name}/{version}", timeout_s)
+    except ServerError:  # a worker that is slow to end is told as 500, with the version gone all the same
+        return version not in [each["modelVersion"] for each in _manage(management, "GET", f"/models/{name}/all", 10.0)]
+    return True
 
 
 def _version_in_use(running: Running, name: str) -> str:

@@ -76,7 +76,7 @@ class Container:
         """Run it detached, with everything taken away that it does not need."""
         where = ["--publish", f"127.0.0.1:{self.port}:8080", "--volume", f"{self.store}:/models:ro", packages()]
         named = ["--detach", "--name", self.name]
-        done = podman("run", *named, *HARDENED, *where, *flags, image, *models, "--timeout_s=900")
+        done = podman("run", *named, *HARDENED, *where, *flags, image, *models, "--workers=1", "--timeout_s=900")
         assert done.returncode == 0, done.stderr
 
     def wait_ready(self) -> None:
