@@ -92,8 +92,8 @@ def parallel(told: str, axes: Mapping[str, Sequence[str | float]], worth: Sequen
 
     Args:
         told: what a reader who does not see it is told.
-        axes: by name, the value of each thing; numbers, or words. Numbers over three decades or more, all above 0, are
-            spread by their logarithm.
+        axes: by name, the value of each thing; numbers, or words. Numbers of which the largest is thirty times the
+            smallest or more, all above 0, are spread by their logarithm.
         worth: of each thing, lower is better; the best is drawn last and boldly.
 
     Returns:
@@ -103,7 +103,7 @@ def parallel(told: str, axes: Mapping[str, Sequence[str | float]], worth: Sequen
     parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(told)}">']
     places, words = [], []
     for number, (name, values) in enumerate(axes.items()):
-        x = 60 + number * (width - 120) / max(len(axes) - 1, 1)
+        x = 80 + number * (width - 120) / max(len(axes) - 1, 1)
         ups, marks = _spread(values)
         places.append([(x, height - bottom - up * (height - top - bottom)) for up in ups])
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{height - bottom}"/>')
@@ -135,7 +135,7 @@ def _spread(values: Sequence[str | float]) -> tuple[list[float], list[tuple[floa
     low, high = min(numbers), max(numbers)
     if low == high:
         return [0.5] * len(numbers), [(0.5, f"{low:.3g}")]
-    by_log = low > 0 and high / low >= 1000
+    by_log = low > 0 and high / low >= 30
     change = math.log10 if by_log else float
     ends = change(low), change(high)
     marks = [10 ** (ends[0] + (ends[1] - ends[0]) * up) if by_log else low + (high - low) * up for up in (0, 0.5, 1)]

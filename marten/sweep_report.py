@@ -163,7 +163,7 @@ def _runs(found: Sequence[Result]) -> str:
         )
         for r in found
     ]
-    return section("Runs, the best first", table(("run", *keys, "epochs", "loss", word, "state"), rows))
+    return section("Runs, the best first", table(("run", *keys, "epochs done", "loss", word, "state"), rows))
 
 
 def _origin(begun: Sequence[Result]) -> str:

@@ -101,7 +101,8 @@ def test_wandb_offline_syncs_to_one_curve_over_a_stop(told: Path, wandb_server: 
     own = {"WANDB_BASE_URL": wandb_server.url, "WANDB_API_KEY": KEY, "WANDB_ERROR_REPORTING": "false"}
     environment = {**os.environ, **own}
     program = Path(sys.executable).with_name("wandb")
-    done = subprocess.run([program, "sync", folder], env=environment, capture_output=True, text=True, timeout=300)
+    words = [program, "sync", folder]
+    done = subprocess.run(words, cwd=told, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = wandb_server.streams
     assert folder.name.endswith(run)
