@@ -280,32 +280,31 @@ class Run:
     # -------------------------------------------------------------------------------------- the state
 
     def save(self) -> None:
-        """Write the checkpoint: everything that the rest of the run depends on. The first process writes for all."""
-        shares = self.world.gather(self.running.state())
-        running = self.running.together(self.world).state()
+        """Write the checkpoint. The first process writes for all, and nobody goes on, or away, before it has."""
+        state = self._state()
+        if self.world.is_first:
+            save_checkpoint(self._checkpoint_path, state)
+        self.world.largest(0)
         self._saved_at = time.monotonic()
-        if not self.world.is_first:
-            return
-        save_checkpoint(
-            self._checkpoint_path,
-            {
-                "settings": self.settings.shaping(),
-                "data": self.material.pictures.digest,
-                "split": self.material.split_digest,
-                "precision": str(self.runtime.precision),
-                "origin": self.learner.origin,
-                "epoch": self.epoch,
-                "batch": self.batch,
-                "running": running,
-                "shares": shares,
-                **self.learner.state(),
-                "history": self.history,
-                "rates": torch.tensor(self.rates, dtype=torch.float64),
-                "tracked": self._tracked.ids,
-                "best": self.best,
-            },
-        )
-        self._saved_at = time.monotonic()  # what writing takes is no part of the minutes between two
+
+    def _state(self) -> dict[str, Any]:
+        """Everything that the rest of the run depends on."""
+        return {
+            "settings": self.settings.shaping(),
+            "data": self.material.pictures.digest,
+            "split": self.material.split_digest,
+            "precision": str(self.runtime.precision),
+            "origin": self.learner.origin,
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "running": self.running.together(self.world).state(),
+            "shares": self.world.gather(self.running.state()),
+            **self.learner.state(),
+            "history": self.history,
+            "rates": torch.tensor(self.rates, dtype=torch.float64),
+            "tracked": self._tracked.ids,
+            "best": self.best,
+        }
 
     def resume(self) -> None:
         """Go back to the state of the checkpoint, if there is one.

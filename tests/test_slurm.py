@@ -51,23 +51,37 @@ def test_an_array_requeues_itself_at_a_signal_and_ends_in_the_same_bits(tmp_path
     )
 
 
-def test_b3_11_the_signal_before_the_time_limit_saves_the_run(tmp_path: Path) -> None:
+def test_b3_11_a_run_through_several_time_limits_ends_in_the_same_bits(tmp_path: Path) -> None:
     folder = prepare(tmp_path / "submit")
-    length = ("--epochs", "2000", "--model_path", "out/model_t.pth")
-    job = submit("slurm", folder, "--native=--time=1 --signal=B:USR1@30", flags=length)
-    until(lambda: "to run job" in output(folder), 120, "the signal before the limit")
+    length = ("--epochs", "300")
+    job = submit(
+        "slurm",
+        folder,
+        "--native=--time=2 --signal=B:USR1@60",
+        flags=(*length, "--model_path", "out/model_t.pth"),
+    )
+    until(lambda: "to run job" in output(folder), 180, "the signal before the limit")
     assert "got SIGUSR1" in output(folder)
     assert re.search(r"Stopped by SIGUSR1 in epoch \d+", output(folder))
 
-    def resumed() -> bool:
+    def ended() -> bool:
         now(folder, job)
-        return "Resuming from" in output(folder)
+        return "End of training" in output(folder)
 
-    until(resumed, 150, "the second start")
+    until(ended, 900, "the end of training, a few minutes at a time")
+    assert "Resuming from out/model_t.run/checkpoint.pt" in output(folder)
+    assert_same_bits(folder / "out/model_t.pth", uninterrupted(tmp_path / "here", *length))
+
+
+def test_a_cancelled_job_has_saved_its_state_and_stays_cancelled(tmp_path: Path) -> None:
+    folder = prepare(tmp_path / "submit")
+    length = ("--epochs", "2000", "--model_path", "out/model_c.pth")
+    job = submit("slurm", folder, "--time", "10min", flags=length)
+    until((folder / "out/model_c.run/metrics.jsonl").exists, 200, "the first epoch")
     command("scancel", job, folder=folder)
     until(lambda: "ended by SIGTERM with its state saved" in output(folder), 60, "the end of a cancelled job")
     until(lambda: "JobState=CANCELLED" in command("scontrol", "show", "job", job, folder=folder), 60, "the cancelling")
-    assert "Restarts=1" in command("scontrol", "show", "job", job, folder=folder)
+    assert (folder / "out/model_c.run/checkpoint.pt").exists()
 
 
 def test_a_job_that_slurm_cannot_run_is_refused_with_its_own_words(tmp_path: Path) -> None:
