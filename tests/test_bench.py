@@ -27,7 +27,7 @@ from PIL import Image
 from marten.architectures import the_one_class
 from marten.bench import contestants
 from marten.bench.contestants import EXACT, FAST, FITTED, STOCK, make_weights, pack
-from marten.bench.load import Asking, draw_photograph, percentile, photographs, put_load
+from marten.bench.load import Asking, draw_photograph, family_cpu_s, percentile, photographs, put_load
 from marten.bench.peers.launching import OURS, PEERS, QUICKSTART, Peer, launch_peer
 from marten.bench.report import Row, ratios, rows, table, write_report
 from marten.bench.training import (
@@ -89,6 +89,19 @@ def test_a_load_is_counted_timed_and_spread_over_models(slow: Address) -> None:
     }
 
 
+def test_a_servers_processor_time_is_that_of_its_whole_family(slow: Address) -> None:
+    busy = "import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: pass\nprint(1, flush=True)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {busy + '; input()'!r}])"
+    with subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert family_cpu_s(process.pid) > 0.25  # the system counts in hundredths
+        load = put_load(slow, ["a"], [b"1"], 1, 0.1, pid=process.pid)
+        process.communicate(b"\n")
+    assert 0 <= load.cpu_ms < 100  # it does nothing any more
+    assert put_load(slow, ["a"], [b"1"], 1, 0.1).cpu_ms == 0
+
+
 def test_a_server_that_is_not_there_fails_and_does_not_hang() -> None:
     load = put_load(Address("127.0.0.1", 9), ["a"], [b"1"], clients=2, seconds=0.05)
     assert (load.requests_s, load.failed > 1) == (0.0, True)
@@ -142,7 +155,7 @@ def test_stock_keeps_the_threads_that_torchserve_gives_it(tmp_path: Path, monkey
 
 def record(contestant: str, rate: float, clients: int = 8, what: str = "", **more: Any) -> dict[str, Any]:
     base = {"network": "resnet18", "contestant": contestant, "clients": clients, "what": what, "round": 0}
-    return {**base, "requests_s": rate, "p50_ms": 100.0, "p99_ms": 120.0, "failed": 0, **more}
+    return {**base, "requests_s": rate, "p50_ms": 100.0, "p99_ms": 120.0, "failed": 0, "cpu_ms": 7.5, **more}
 
 
 @pytest.mark.parametrize(("rate", "reached"), [(80.0, True), (37.0, False)])
@@ -156,8 +169,9 @@ def test_figures_are_judged_by_the_median_of_ratios_within_a_turn(tmp_path: Path
     assert (row.found, row.wanted, row.reached) == (rate / 10, 3.8, reached)
     assert by_text["resnet18, 8 clients: p99 ÷ p50"].reached
     assert by_text["resnet18: answers off fp32"].reached
-    assert f"| resnet18 | 8 | ours fast | {rate:.1f} | {rate / 10:.2f} (0.10–{rate / 10:.2f}) |" in "\n".join(
-        table(found)
+    assert (
+        f"| resnet18 | 8 | ours fast | {rate:.1f} | {rate / 10:.2f} (0.10–{rate / 10:.2f}) | 100 | 120 | 7.5 |"
+        in "\n".join(table(found))
     )
     write_report(found, tmp_path, lambda line: None)
     assert json.loads((tmp_path / "serving.json").read_text()) == found

@@ -60,11 +60,14 @@ def ratios(
 
 
 def table(found: Mapping[str, Any]) -> list[str]:
-    """Lines of a Markdown table: medians over the rounds, ratios to stock with their smallest and largest."""
+    """Lines of a Markdown table: medians over the rounds, ratios to stock with their smallest and largest.
+
+    The last column is the processor time of one answer.
+    """
     groups = grouped(found["records"])
     lines = [
-        "| network | clients | server | req/s | × stock (least–most) | p50 ms | p99 ms |",
-        "|---|---|---|---|---|---|---|",
+        "| network | clients | server | req/s | × stock (least–most) | p50 ms | p99 ms | processor ms |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for (network, contestant, clients, what), turns in groups.items():
         stock = groups.get((network, STOCK, clients, what))
@@ -73,7 +76,8 @@ def table(found: Mapping[str, Any]) -> list[str]:
         where = f"{clients}, {what}" if what else str(clients)
         batch = contestant == LIMIT and clients > 1  # there the times are those of batches
         times = " |  |" if batch else f"{figures[1]:.0f} | {figures[2]:.0f} |"
-        lines.append(f"| {network} | {where} | {contestant} | {figures[0]:.1f} | {told} | {times}")
+        cost_ms = median([turn.get("cpu_ms", 0.0) for turn in turns])
+        lines.append(f"| {network} | {where} | {contestant} | {figures[0]:.1f} | {told} | {times} {cost_ms:.1f} |")
     return lines
 
 

@@ -113,11 +113,11 @@ def _take_turns(
         order = [*servers[turn % len(servers) :], *servers[: turn % len(servers)]]
         for clients in plan.clients:
             for each in order:
-                load = put_load(each.address, each.names, bodies, clients, plan.seconds)
+                load = put_load(each.address, each.names, bodies, clients, plan.seconds, pid=each.running.pid)
                 _note(found, say, network, each.name, clients, "", turn, load)
             _note(found, say, network, LIMIT, clients, "", turn, limit.round(clients, plan.seconds))
         for each in order if plan.large else ():
-            load = put_load(each.address, each.names, large, 8, plan.seconds)
+            load = put_load(each.address, each.names, large, 8, plan.seconds, pid=each.running.pid)
             _note(found, say, network, each.name, 8, LARGE, turn, load)
 
 
@@ -135,7 +135,7 @@ def _meet_peer(
     """Turns of one peer, both ways, with stock and with our fast server: never more than four servers at once."""
     with contextlib.ExitStack() as stack:
         ours = {kind: _launched(stack, kind, stores[kind]) for kind in (STOCK, FAST)}
-        contestants = [(kind, each.address, each.names, TORCHSERVE) for kind, each in ours.items()]
+        contestants = [(kind, each.address, each.names, TORCHSERVE, each.running.pid) for kind, each in ours.items()]
         for way in (QUICKSTART, OURS):
             folder = Path(tempfile.mkdtemp(prefix="p-", dir=weights.parent.parent))  # Ray's sockets need a short path
             workers = max(1, available_cores() // threads)
@@ -146,13 +146,13 @@ def _meet_peer(
                 continue
             stack.callback(running.stop)
             found["starts"].append({"network": network, "contestant": running.name, "start_s": running.start_s})
-            contestants.append((running.name, running.address, [""], running.asking))
-        for _, address, names, asking in contestants:
+            contestants.append((running.name, running.address, [""], running.asking, running.process.pid))
+        for _, address, names, asking, _ in contestants:
             put_load(address, names, bodies, 4, 1.0, asking)
         for turn in range(plan.rounds):
             for clients in plan.clients:
-                for name, address, names, asking in contestants:
-                    load = put_load(address, names, bodies, clients, plan.seconds, asking)
+                for name, address, names, asking, pid in contestants:
+                    load = put_load(address, names, bodies, clients, plan.seconds, asking, pid)
                     _note(found, say, network, name, clients, BESIDE + peer.name, turn, load)
 
 
