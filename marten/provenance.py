@@ -41,6 +41,7 @@ def _commit() -> str:
     told = os.environ.get("MARTEN_COMMIT", "")
     if told and not (ROOT / ".git").exists():
         return told
+
     # once: the tree may change while a run of days goes on with the code that it has loaded
     def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=10, check=True)
