@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import os
+import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -171,6 +173,26 @@ def test_labels_and_formats_that_fit_no_model_are_refused(tiny_model: Callable[.
     assert header(spec, "prob", "owl") == ["fileid", "prob"]
     with pytest.raises(UsageError, match="cat, dog, owl"):
         header(spec, "prob", "cow")
+
+
+def test_what_infer_sub_sends_along_is_enough(folder: Path, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Without a shared disk a job has nothing else: engines.py was missing once."""
+    text = (ROOT / "deployment" / "htcondor" / "infer.sub").read_text(encoding="utf-8")
+    (sent,) = (line for line in text.splitlines() if re.match(r"\s*code\s*=.*modelspec", line))
+    names = re.findall(r"\$\(home\)/([\w.]+)", sent)
+    assert "scripts" in names
+    for name in names:
+        if (ROOT / name).is_dir():
+            shutil.copytree(
+                ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.pth", "*.run", "__pycache__")
+            )
+        else:
+            shutil.copy(ROOT / name, tmp_path)
+    command = [sys.executable, "scripts/infer", str(folder), "--model_path", str(tiny_model()), "--device", "cpu"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "VIRTUAL_ENV": sys.prefix, "PYTHONPATH": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(table(tmp_path / "dog_probs.csv")) == COUNT - 1
 
 
 @pytest.mark.parametrize(
