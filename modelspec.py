@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import math
+import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
@@ -126,8 +127,8 @@ def _too_large() -> str:
 
 
 def _short(error: Exception) -> str:
-    """First line of an error in printable ASCII, so that no byte of the input is echoed."""
-    text = (str(error).splitlines() or [""])[0]
+    """First line of an error in printable ASCII, so that neither the input nor an object's address is echoed."""
+    text = re.sub(r" ?<[^>]*>", "", (str(error).splitlines() or [""])[0])
     return "".join(c for c in text if " " <= c <= "~" and c not in "<>&")[:120] or type(error).__name__
 
 

@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,7 +151,8 @@ def _pbs(job: Job) -> Command:
 def _local(job: Job) -> Command:
     if job.run_count > 1:
         raise UsageError("--runs with --cluster local: scripts/sweep runs several here, one after the other")
-    environment = _environment(job) | {"MARTEN_SCHEDULER": "none"} | ({"MARTEN_INDEX": "1"} if job.runs else {})
+    here = {"MARTEN_PYTHON": sys.executable, "MARTEN_SCHEDULER": "none"}
+    environment = here | _environment(job) | ({"MARTEN_INDEX": "1"} if job.runs else {})
     if job.resources.processes > 1:
         environment["MARTEN_PROCESSES"] = str(job.resources.processes)
     return Command(("bash", str(DEPLOYMENT / "job.sh"), *job.flags), environment, _files(job))

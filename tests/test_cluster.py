@@ -78,7 +78,8 @@ def told(folder: Path) -> str:
         done = submit(folder, words.replace("--cluster", "--dry_run --cluster", 1))
         assert done.returncode == 0, done.stderr
         parts.append(f"$ scripts/submit --dry_run {words}\n{done.stdout}")
-    return "\n".join(parts).replace(str(folder), "/here").replace(str(ROOT), "/marten")
+    text = "\n".join(parts).replace(sys.executable, "/python")
+    return text.replace(str(folder), "/here").replace(str(ROOT), "/marten")
 
 
 def test_each_scheduler_is_told_in_its_own_words(tmp_path: Path) -> None:
