@@ -240,7 +240,7 @@ def test_a_peer_that_ends_is_told_with_the_end_of_its_log(tmp_path: Path) -> Non
 
 def test_the_command_knows_every_peer() -> None:
     told = subprocess.run(
-        [sys.executable, ROOT / "scripts/bench", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, ROOT / "scripts/bench", "serve", "--help"], capture_output=True, text=True, check=True
     )
     assert f"(default: {' '.join(peer.package for peer in PEERS)})" in " ".join(told.stdout.split())
 
