@@ -32,13 +32,13 @@ FILES = [
     "cat_dog_conv_net.py",
     "engines.py",
     "explain.py",
-    "telemetry.py",
     "image_classifier.py",
     "index_to_name.json",
     "model-config.yaml",
     "model_cat_dog_conv_net.json",
     "model_cat_dog_conv_net.pth",
     "modelspec.py",
+    "telemetry.py",
 ]
 
 
