@@ -570,8 +570,10 @@ def machine(number: int) -> Iterator[tuple[str, str]]:
         ip("-n", name, "addr", "add", f"{there}/30", "dev", far)
         ip("-n", name, "link", "set", far, "up")
         with subprocess.Popen(["ip", "netns", "exec", name, sys.executable, "-c", ELSEWHERE, there]) as process:
-            yield there, near
-            process.kill()
+            try:
+                yield there, near
+            finally:
+                process.kill()
     finally:
         ip("netns", "del", name)
 
