@@ -554,8 +554,11 @@ ThreadingHTTPServer((sys.argv[1], 8080), Replica).serve_forever()
 
 
 @contextlib.contextmanager
-def machine(number: int) -> Iterator[tuple[str, str]]:
-    """A network namespace with a server in it, at one wire's other end; gives its address and the wire's near end."""
+def machine(number: int) -> Iterator[tuple[str, list[str]]]:
+    """A network namespace with a server in it, at one wire's other end; gives its address and what cuts the wire there.
+
+    Cut at this end, its packets would look for another way, and whoever is there may answer.
+    """
     name, near, far = (f"{kind}{os.getpid()}-{number}"[-15:] for kind in ("mtest", "mn", "mf"))
     here, there = f"10.213.{50 + number}.1", f"10.213.{50 + number}.2"
 
@@ -571,7 +574,7 @@ def machine(number: int) -> Iterator[tuple[str, str]]:
         ip("-n", name, "link", "set", far, "up")
         with subprocess.Popen(["ip", "netns", "exec", name, sys.executable, "-c", ELSEWHERE, there]) as process:
             try:
-                yield there, near
+                yield there, ["ip", "-n", name, "link", "set", far, "down"]
             finally:
                 process.kill()
     finally:
@@ -588,14 +591,14 @@ def test_a_machine_whose_wire_is_cut_is_done_without(tmp_path: Path, monkeypatch
         pytest.skip("making network namespaces needs root and the command ip")
     monkeypatch.setenv("MARTEN_RUNTIME", str(tmp_path / "run"))
     secrets, _ = open_or_make(tmp_path / "secrets")
-    with machine(1) as (first, wire), machine(2) as (second, _):
-        door = Door(Address("127.0.0.1", free_ports(1)[0]), tmp_path / "secrets")
+    with machine(1) as (first, cut), machine(2) as (second, _):
+        door = Door(Address("127.0.0.1", free_ports(1)[0]), tmp_path / "secrets", per_second=100_000)
         made = fleet.open_before(door, ["m"], [Address(first, 8080), Address(second, 8080)])
         try:
             assert [status.ready for status in fleet.check(made)] == [True, True]
             with Crowd(Entrance(made.url, secrets.certificate, secrets.key), "m", [b"x" * 1000], 3) as crowd:
                 time.sleep(1)
-                subprocess.run(["ip", "link", "set", wire, "down"], check=True)
+                subprocess.run(cut, check=True)
                 wait_until(lambda: not made.known()[f"{first}:8080"], allowed_s(6))
                 time.sleep(1)
             assert crowd.failed == []
@@ -621,7 +624,8 @@ def test_an_update_under_load_loses_nothing(tmp_path: Path, monkeypatch: pytest.
     build_archive(tmp_path / "store", "echo")
     secrets, _ = open_or_make(tmp_path / "secrets")
     crew = fleet.Crew(store=tmp_path / "store", workers=1)
-    made = fleet.start(Door(Address("127.0.0.1", free_ports(1)[0]), tmp_path / "secrets"), crew, timeout_s=300)
+    door = Door(Address("127.0.0.1", free_ports(1)[0]), tmp_path / "secrets", per_second=100_000)
+    made = fleet.start(door, crew, timeout_s=300)
     try:
         assert [status.ready for status in fleet.check(made)] == [True]
         with Crowd(Entrance(made.url, secrets.certificate, secrets.key), "echo", [golden_picture()], 3) as crowd:
