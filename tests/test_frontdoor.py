@@ -422,7 +422,7 @@ def test_a_caller_beyond_its_rate_is_429(tmp_path: Path) -> None:
 
 @pytest.mark.door
 def test_beyond_what_can_be_answered_soon_the_refusal_is_quick(tmp_path: Path) -> None:
-    for opened in open_door(tmp_path, in_flight=4):
+    for opened in open_door(tmp_path, in_flight=4, per_second=100_000):
         for each in opened.replicas:
             each.mood = "slow"
         with Crowd(opened.entrance, "m", [b"x" * 1000], clients=16, pause_s=0.05) as crowd:

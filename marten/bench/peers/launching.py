@@ -38,8 +38,9 @@ class Peer:
 
     @property
     def installed(self) -> bool:
-        """Whether it can be started here."""
-        return importlib.util.find_spec(self.package) is not None
+        """Whether it can be started here, by its quickstart: FastAPI comes along with others, but without its forms."""
+        needed = (self.package, "uvicorn", "python_multipart") if self.package == "fastapi" else (self.package,)
+        return all(importlib.util.find_spec(name) is not None for name in needed)
 
     def command(self, port: int) -> list[str]:
         """Words that start it."""
