@@ -24,7 +24,7 @@ if __name__ == "__main__":
     enter_environment(Path(__file__).resolve().parent)
 
 from marten.architectures import known_architectures
-from marten.cli import Parser, run
+from marten.cli import Parser, one_of_several, run
 from marten.settings import Settings, settings_from
 
 
@@ -142,7 +142,7 @@ def main(args: argparse.Namespace) -> int:
         from marten.ratefinder import find_rate
 
         return find_rate(settings)
-    if "WORLD_SIZE" in os.environ or "SLURM_STEP_NUM_TASKS" in os.environ:
+    if one_of_several():
         # torch would advise each process, in every log, against a choice that marten.learner makes with reason
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from marten.training import train

@@ -6,6 +6,7 @@ Imports neither torch nor anything slow, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import signal
 import sys
@@ -111,4 +112,19 @@ def run(main: Callable[[argparse.Namespace], int | None], parser: Parser) -> NoR
             traceback.print_exc()
         print(f"{parser.prog}: {error}", file=sys.stderr)
         code = MISUSED if isinstance(error, UsageError) else FAILED
+    if one_of_several():
+        _leave(code)
     sys.exit(code)
+
+
+def one_of_several() -> bool:
+    """Whether torchrun or srun started this process as one of a run's."""
+    return "WORLD_SIZE" in os.environ or "SLURM_STEP_NUM_TASKS" in os.environ
+
+
+def _leave(code: int) -> NoReturn:
+    """End without taking the interpreter down: gloo's threads may meet it half gone, and abort with the work done."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -65,7 +65,7 @@ class Learner:
         if world.size > 1 and settings.batch_norm == "shared":
             network = share_batch_norm(network, runtime.device)
         # GPUs draw their masks otherwise, so that there each process draws its own
-        self._dropouts = share_dropout(network, world) if world.size > 1 and runtime.device.type == "cpu" else []
+        self._dropouts = share_dropout(network, world) if runtime.device.type == "cpu" else []
         self.network = network.to(runtime.device).to(memory_format=torch.channels_last)
         named = list(network.named_parameters())
         self._backbone = [p for name, p in named if not name.startswith(self._head)]

@@ -1,9 +1,11 @@
-"""Layers that look at a whole batch although each process holds a part of it: batch norm, and dropout on processors.
+"""Layers that look at a whole batch although a process may hold a part of it: batch norm, and dropout on processors.
 
 With them several processes compute what one would have computed, but for the rounding of sums.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.distributed as dist
@@ -62,19 +64,31 @@ class SharedBatchNorm(nn.BatchNorm2d):
 
 
 class SharedDropout(nn.Dropout):
-    """Dropout whose masks are drawn for the whole batch, of which each process takes the rows of its pictures."""
+    """Dropout on processors: masks for the whole batch, of which each process takes the rows of its pictures.
+
+    torch draws one random number for each feature, which took 40 % of base_cnn's training; here 64 random bits serve
+    four features, whose chance to be left out is `p` to the nearest 1/65,536.
+    """
 
     world: World
-    whole: int
+    whole: int | None = None
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Leave features out; `whole` says how many pictures the batch has."""
-        if not self.training or self.p == 0 or len(features) == self.whole:
+        """Leave features out; `whole` says how many pictures the batch has, where these are not all."""
+        if not self.training or not 0 < self.p < 1:
             return super().forward(features)
-        format_ = torch.channels_last if features.ndim == 4 and features.stride(1) == 1 else torch.contiguous_format
-        mask = torch.empty((self.whole, *features.shape[1:]), memory_format=format_)
-        mask = mask.bernoulli_(1 - self.p)[self.world.rank :: self.world.size] / (1 - self.p)
-        return features * mask.to(features.dtype)
+        length = len(features) if self.whole is None else self.whole
+        left_out = round(self.p * 2**16)
+        like_memory = features.ndim == 4 and features.stride(1) == 1  # channels last
+        n, *rest = features.shape
+        shape = (length, *rest[1:], rest[0]) if like_memory else (length, *rest)
+        count = math.prod(shape)
+        words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+        kept = (words.view(torch.int16)[:count] >= left_out - 2**15).view(shape)
+        if length != n:
+            kept = kept[self.world.rank :: self.world.size]
+        mask = kept.view(torch.uint8).to(features.dtype).mul_(1 / (1 - left_out / 2**16))
+        return features * (mask.permute(0, 3, 1, 2) if like_memory else mask)
 
 
 def share_batch_norm(network: nn.Module, device: torch.device) -> nn.Module:

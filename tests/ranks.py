@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import nn
 
 from marten.batches import Pictures
-from marten.distributed import World, find_world, joined
+from marten.cli import Parser, run
+from marten.distributed import ALONE, World, find_world, joined
 from marten.errors import MISUSED, UsageError
 from marten.progress import console
 from marten.sharedlayers import share_batch_norm, share_dropout
@@ -34,6 +35,7 @@ def compare_layers(world: World) -> None:
     torch.manual_seed(1)
     images = torch.randn(7, 3, 8, 8) * 3 + 40  # a mean far from 0 costs a careless variance its digits
     whole, shared = network(0.4), share_batch_norm(network(0.4), torch.device("cpu"))
+    share_dropout(whole, ALONE)
     for dropout in share_dropout(shared, world):
         dropout.whole = 7
     torch.manual_seed(9)
@@ -98,4 +100,6 @@ def main(verb: str, *words: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    parser = Parser(prog="ranks")
+    parser.add_argument("words", nargs="+")
+    run(lambda args: main(*args.words), parser)

@@ -20,7 +20,7 @@ def step():
 for _ in range(4):
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-assert {step() for _ in range(3)} == {2.0 * 32 * 2**20}
+assert {step() for _ in range(10)} == {2.0 * 32 * 2**20}
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
@@ -31,5 +31,6 @@ def test_freed_memory_is_not_asked_for_again() -> None:
         word: int(subprocess.check_output([sys.executable, "-c", STEPS, word], cwd=ROOT, text=True, timeout=120))
         for word in ("kept", "given back")
     }
-    assert faults["kept"] < 1000
-    assert faults["given back"] > 10 * max(faults["kept"], 1)
+    # ten steps of two tensors of 32,768 pages each; a small block in between may cost the heap one tensor more
+    assert faults["given back"] > 9 * 2 * 32_768
+    assert faults["kept"] <= 2 * 32_768

@@ -86,6 +86,22 @@ def processes(*words: object, count: int = 2) -> list[subprocess.CompletedProces
     return ended
 
 
+LEAVING = """
+import atexit, threading, time
+from marten.cli import Parser, run
+atexit.register(print, "tidied up")
+threading.Thread(target=time.sleep, args=(120,)).start()
+run(lambda args: print("trained") or 85, Parser(prog="leaving"))
+"""
+
+
+def test_one_of_several_leaves_with_its_own_code_whatever_threads_it_still_has() -> None:
+    environment = {**os.environ, "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", LEAVING]
+    ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (CHECKPOINTED, "trained\ntidied up\n", "")
+
+
 def test_layers_that_share_a_batch_compute_what_one_would() -> None:
     ended = processes("layers")
     assert [(p.returncode, p.stdout) for p in ended] == [(0, "equal\n")] * 2, ended
