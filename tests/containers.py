@@ -22,7 +22,7 @@ import pytest
 
 from marten.files import ROOT
 from marten.readiness import Address, free_ports
-from tests.servers import allowed_s, build_archive
+from tests.servers import Asked, allowed_s, build_archive
 
 BASE = "python:3.11-slim-bookworm"
 HARDENED = ["--read-only", "--tmpfs=/tmp:rw,mode=1777,size=256m", "--cap-drop=ALL", "--security-opt=no-new-privileges"]
@@ -61,7 +61,7 @@ def packages() -> str:
 
 
 @dataclass
-class Container:
+class Container(Asked):
     """One running server, published on a port of this machine's loopback."""
 
     name: str

@@ -52,8 +52,25 @@ def build_archive(store: Path, name: str, handler: str = ECHO) -> Path:
     return store / f"{name}.mar"
 
 
+class Asked:
+    """Whatever answers predictions at an address, each on a new connection."""
+
+    @property
+    def address(self) -> Address:
+        raise NotImplementedError
+
+    def ask(self, name: str, body: bytes = b"a picture", timeout_s: float = 30) -> tuple[int, bytes]:
+        connection = HTTPConnection(self.address.host, self.address.port, timeout=timeout_s)
+        try:
+            connection.request("PUT", f"/predictions/{name}", body)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        finally:
+            connection.close()
+
+
 @dataclass
-class Serve:
+class Serve(Asked):
     """scripts/serve with one store, one private folder and three ports of its own."""
 
     store: Path
@@ -104,15 +121,6 @@ class Serve:
         assert process.poll() is None, self.output.read_text()
         return process
 
-    def ask(self, name: str, body: bytes = b"a picture", timeout_s: float = 30) -> tuple[int, bytes]:
-        connection = HTTPConnection(self.address.host, self.address.port, timeout=timeout_s)
-        try:
-            connection.request("PUT", f"/predictions/{name}", body)
-            answer = connection.getresponse()
-            return answer.status, answer.read()
-        finally:
-            connection.close()
-
     def leftovers(self) -> list[str]:
         """Live processes of this server, and what it left in its folder besides logs, lock and config."""
         mark = str(self.runtime)
@@ -127,14 +135,14 @@ class Serve:
 class Clients:
     """Several clients that ask again and again, each time on a new connection, until `stop` or a refusal."""
 
-    def __init__(self, serve: Serve, name: str, count: int, body: bytes) -> None:
+    def __init__(self, serve: Asked, name: str, count: int, body: bytes) -> None:
         self.told: Counter[str] = Counter()
         self._ended = threading.Event()
         self._threads = [threading.Thread(target=self._ask, args=(serve, name, body)) for _ in range(count)]
         for thread in self._threads:
             thread.start()
 
-    def _ask(self, serve: Serve, name: str, body: bytes) -> None:
+    def _ask(self, serve: Asked, name: str, body: bytes) -> None:
         while not self._ended.is_set():
             try:
                 self.told[str(serve.ask(name, body)[0])] += 1

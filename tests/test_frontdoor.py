@@ -32,6 +32,7 @@ import yaml
 from marten import envoy, fleet
 from marten.bench.crowd import Crowd, Entrance
 from marten.bench.endurance import allowed_mb_h, slope_mb_h
+from marten.bench.outside import Machine, machine
 from marten.credentials import keys_text, open_or_make
 from marten.errors import ServerError, UsageError
 from marten.frontdoor import PAGE, PROXY, Door, parse_address, set_replicas, write_config
@@ -554,31 +555,13 @@ ThreadingHTTPServer((sys.argv[1], 8080), Replica).serve_forever()
 
 
 @contextlib.contextmanager
-def machine(number: int) -> Iterator[tuple[str, list[str]]]:
-    """A network namespace with a server in it, at one wire's other end; gives its address and what cuts the wire there.
-
-    Cut at this end, its packets would look for another way, and whoever is there may answer.
-    """
-    name, near, far = (f"{kind}{os.getpid()}-{number}"[-15:] for kind in ("mtest", "mn", "mf"))
-    here, there = f"10.213.{50 + number}.1", f"10.213.{50 + number}.2"
-
-    def ip(*words: str) -> None:
-        subprocess.run(["ip", *words], check=True, capture_output=True)
-
-    ip("netns", "add", name)
-    try:
-        ip("link", "add", near, "type", "veth", "peer", "name", far, "netns", name)
-        ip("addr", "add", f"{here}/30", "dev", near)
-        ip("link", "set", near, "up")
-        ip("-n", name, "addr", "add", f"{there}/30", "dev", far)
-        ip("-n", name, "link", "set", far, "up")
-        with subprocess.Popen(["ip", "netns", "exec", name, sys.executable, "-c", ELSEWHERE, there]) as process:
-            try:
-                yield there, ["ip", "-n", name, "link", "set", far, "down"]
-            finally:
-                process.kill()
-    finally:
-        ip("netns", "del", name)
+def serving(elsewhere: Machine) -> Iterator[None]:
+    """A server on another machine, which tells its address."""
+    with subprocess.Popen([*elsewhere.inside, sys.executable, "-c", ELSEWHERE, elsewhere.far]) as process:
+        try:
+            yield
+        finally:
+            process.kill()
 
 
 @pytest.mark.door
@@ -591,15 +574,15 @@ def test_a_machine_whose_wire_is_cut_is_done_without(tmp_path: Path, monkeypatch
         pytest.skip("making network namespaces needs root and the command ip")
     monkeypatch.setenv("MARTEN_RUNTIME", str(tmp_path / "run"))
     secrets, _ = open_or_make(tmp_path / "secrets")
-    with machine(1) as (first, cut), machine(2) as (second, _):
+    with machine(1) as first, machine(2) as second, serving(first), serving(second):
         door = Door(Address("127.0.0.1", free_ports(1)[0]), tmp_path / "secrets", per_second=100_000)
-        made = fleet.open_before(door, ["m"], [Address(first, 8080), Address(second, 8080)])
+        made = fleet.open_before(door, ["m"], [Address(first.far, 8080), Address(second.far, 8080)])
         try:
             assert [status.ready for status in fleet.check(made)] == [True, True]
             with Crowd(Entrance(made.url, secrets.certificate, secrets.key), "m", [b"x" * 1000], 3) as crowd:
                 time.sleep(1)
-                subprocess.run(cut, check=True)
-                wait_until(lambda: not made.known()[f"{first}:8080"], allowed_s(6))
+                subprocess.run(first.cut, check=True)
+                wait_until(lambda: not made.known()[f"{first.far}:8080"], allowed_s(6))
                 time.sleep(1)
             assert crowd.failed == []
             assert len(crowd.answered) > 20

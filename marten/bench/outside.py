@@ -9,11 +9,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from marten.bench.report import Row
 from marten.bench.stack import Stack
 
-_HERE, _THERE = "10.213.47.1", "10.213.47.2"
 _PROBE = """
 import json, socket, ssl, sys, urllib.request
 host, door, ports = sys.argv[1], int(sys.argv[2]), [int(p) for p in sys.argv[4:]]
@@ -37,11 +37,10 @@ def reach_from_outside(stack: Stack) -> list[Row]:
         return []
     door = int(stack.entrance.url.rpartition(":")[2])
     ports = sorted(_listening(stack) | {door})
-    with _namespace() as name:
-        probe = [sys.executable, "-c", _PROBE, _HERE, str(door), str(stack.entrance.certificate), *map(str, ports)]
-        told = subprocess.run(
-            ["ip", "netns", "exec", name, *probe], capture_output=True, text=True, check=True, timeout=120
-        )
+    with machine() as elsewhere:
+        asked = [elsewhere.near, str(door), str(stack.entrance.certificate), *map(str, ports)]
+        probe = [*elsewhere.inside, sys.executable, "-c", _PROBE, *asked]
+        told = subprocess.run(probe, capture_output=True, text=True, check=True, timeout=120)
     found = json.loads(told.stdout)
     stack.say(f"  ports listened on: {ports}; open from outside: {found['open']}; /ready there: {found['ready']}")
     others = [port for port in found["open"] if port != door]
@@ -61,21 +60,39 @@ def _listening(stack: Stack) -> set[int]:
     return {c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN}
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What stands in for another machine: a network namespace at the other end of a wire.
+
+    Attributes:
+        near: address of this end of the wire.
+        far: address of that machine.
+        inside: words before a command that is to run there.
+        cut: command that cuts the wire at its far end; cut here, packets would look for another way.
+    """
+
+    near: str
+    far: str
+    inside: tuple[str, ...]
+    cut: tuple[str, ...]
+
+
 @contextlib.contextmanager
-def _namespace() -> Iterator[str]:
-    """A network namespace with one wire to this one, taken away in the end."""
-    name, ours, theirs = (f"{kind}{os.getpid()}" for kind in ("marten-", "mo", "mt"))
+def machine(number: int = 0) -> Iterator[Machine]:
+    """Another machine, taken away in the end; needs root and the command ip. `number` tells several apart."""
+    name, near, far = (f"{kind}{os.getpid()}-{number}"[-15:] for kind in ("marten", "mo", "mt"))
+    here, there = f"10.213.{47 + number}.1", f"10.213.{47 + number}.2"
 
     def ip(*words: str) -> None:
         subprocess.run(["ip", *words], check=True, capture_output=True)
 
     ip("netns", "add", name)
     try:
-        ip("link", "add", ours, "type", "veth", "peer", "name", theirs, "netns", name)
-        ip("addr", "add", f"{_HERE}/30", "dev", ours)
-        ip("link", "set", ours, "up")
-        ip("-n", name, "addr", "add", f"{_THERE}/30", "dev", theirs)
-        ip("-n", name, "link", "set", theirs, "up")
-        yield name
+        ip("link", "add", near, "type", "veth", "peer", "name", far, "netns", name)
+        ip("addr", "add", f"{here}/30", "dev", near)
+        ip("link", "set", near, "up")
+        ip("-n", name, "addr", "add", f"{there}/30", "dev", far)
+        ip("-n", name, "link", "set", far, "up")
+        yield Machine(here, there, ("ip", "netns", "exec", name), ("ip", "-n", name, "link", "set", far, "down"))
     finally:
         ip("netns", "del", name)  # the wire goes with it
