@@ -157,6 +157,7 @@ def build_openvino(network: torch.nn.Module, size_px: Tuple[int, int], precision
         "INFERENCE_PRECISION_HINT": _OPENVINO_TYPES[precision],
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
+        "ENABLE_CPU_PINNING": False,  # each process would pin itself to the first cores: two workers to the same one
     }
     request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
 

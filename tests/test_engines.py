@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,29 @@ def test_threads_are_set_told_or_shared(monkeypatch: pytest.MonkeyPatch) -> None
     assert fit_threads() == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert fit_threads() == 5
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one core, which all share anyhow")
+def test_no_engine_holds_on_to_a_core_that_another_worker_may_hold() -> None:
+    pytest.importorskip("openvino")
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.Conv2d(64, 64, 3)).eval()
+    run = engines.build_openvino(network, (96, 96), "fp32", 1)
+    images_NCHW = torch.zeros(8, 3, 96, 96).contiguous(memory_format=torch.channels_last)
+    allowed, seen, ended = os.sched_getaffinity(0), [], threading.Event()
+    here = threading.get_native_id()
+
+    def watch() -> None:
+        while not ended.is_set():
+            seen.append(os.sched_getaffinity(here))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for _ in range(20):
+        run(images_NCHW)
+    ended.set()
+    watcher.join()
+    assert len(seen) > 20
+    assert all(cores == allowed for cores in seen)
 
 
 def test_workers_count_those_of_their_own_server(tmp_path: Path) -> None:

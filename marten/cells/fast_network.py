@@ -71,6 +71,7 @@ def _convert(profiler: Profiler, channels: int, size_px: int, threads: int) -> F
             input=[openvino.PartialShape([-1, size_px, size_px, channels])],
         )
     options = {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": threads}
+    options |= {"ENABLE_CPU_PINNING": False}  # parts of one profile run side by side, each pinned to the first cores
     compiled = openvino.Core().compile_model(model, "CPU", options)
     mine = threading.local()
 
