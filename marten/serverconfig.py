@@ -46,6 +46,11 @@ class Settings:
         return {"archives": archives, "config": self.config, "workers": self.workers}
 
 
+_FEW_CORES = 4
+_MODEST_JAVA = ("-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
+"""Java's second compiler and its parallel garbage collector take cores from workers for the first minute of load."""
+
+
 def read_settings(
     models: Sequence[str] = (),
     store: Path = MODEL_STORE,
@@ -82,6 +87,9 @@ def read_settings(
         overrides.append(f"default_workers_per_model={fitted}")
     if number_of_gpu is not None:
         overrides.append(f"number_of_gpu={number_of_gpu}")
+    java = properties.get("vmargs", "")
+    if not on_gpu and available_cores() <= _FEW_CORES and "GC" not in java:  # a garbage collector of your own choice
+        overrides.append(f"vmargs={' '.join((java, *_MODEST_JAVA)).strip()}")
     text = config.read_text(encoding="utf-8") + "\n# from the command line\n" + "\n".join(overrides) + "\n"
     threads = fit_threads(len(found) * (fitted or 1), available_cores())
     return Settings(found, store.resolve(), text, addresses, workers, threads)

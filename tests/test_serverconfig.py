@@ -15,7 +15,7 @@ from marten.fitting import fit_threads, fit_workers
 from marten.java import Java
 from marten.runtime import Running, find_running, locked, runtime_folder
 from marten.server import command, environment
-from marten.serverconfig import CONFIG, find_archives, read_addresses, read_properties, read_settings
+from marten.serverconfig import CONFIG, find_archives, parse_properties, read_addresses, read_properties, read_settings
 from tests.servers import build_archive
 
 
@@ -117,11 +117,11 @@ def test_auto_workers_stand_behind_the_config_and_threads_in_the_environment(
     monkeypatch.setattr(serverconfig, "available_cores", lambda: 4)
     monkeypatch.setattr(serverconfig, "available_memory", lambda: 10**12)
     one = read_settings([], tmp_path)
-    assert one.config.endswith("default_workers_per_model=4\n")
+    assert parse_properties(one.config)["default_workers_per_model"] == "4"
     assert (one.workers, one.threads) == (None, 1), "an archive's own minWorkers must win over auto"
     assert read_settings([], tmp_path, workers=2).threads == 2
     build_archive(tmp_path, "base_cnn")
-    assert read_settings([], tmp_path).config.endswith("default_workers_per_model=2\n")
+    assert parse_properties(read_settings([], tmp_path).config)["default_workers_per_model"] == "2"
     monkeypatch.setattr(serverconfig, "has_gpu", lambda: True)
     assert "from the command line" in read_settings([], tmp_path).config
     assert "default_workers" not in read_settings([], tmp_path).config.partition("from the command line")[2]
@@ -185,3 +185,18 @@ def test_a_dead_server_s_state_is_no_server(tmp_path: Path, monkeypatch: pytest.
 def test_a_restart_takes_the_same_models(tmp_path: Path) -> None:
     archives = {"archives": {"dogs": [str(tmp_path / "vgg.mar"), 1, 1]}}
     assert Running(tmp_path, 1, ("dogs",), {}, archives, "Java 17").model_words() == ["dogs=vgg.mar"]
+
+
+def test_java_is_modest_where_cores_are_few_and_its_owner_said_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_archive(tmp_path, "m")
+    monkeypatch.setattr(serverconfig, "has_gpu", lambda: False)
+    monkeypatch.setattr(serverconfig, "available_cores", lambda: 2)
+    ours = parse_properties(read_settings([], tmp_path).config)["vmargs"]
+    assert ours == parse_properties(CONFIG.read_text())["vmargs"] + " -XX:+UseSerialGC -XX:TieredStopAtLevel=1"
+    own = tmp_path / "config.properties"
+    own.write_text(CONFIG.read_text() + "vmargs=-XX:+UseG1GC\n")
+    assert parse_properties(read_settings([], tmp_path, own).config)["vmargs"] == "-XX:+UseG1GC"
+    monkeypatch.setattr(serverconfig, "available_cores", lambda: 16)
+    assert "TieredStopAtLevel" not in read_settings([], tmp_path).config

@@ -83,7 +83,7 @@ def bench_serving(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
                 found["engines"][network] = limit.engine
                 say(f"{network}: {limit.engine}")
                 for each in servers:
-                    put_load(each.address, each.names, bodies, 4, 1.0)  # nobody's first answers count
+                    put_load(each.address, each.names, bodies, 8, 5.0)  # nobody's first answers count
                     start = {"network": network, "contestant": each.name, "start_s": each.start_s}
                     found["starts"].append(start)
                 found["answers"].append({"network": network, "largest": _largest_gap(servers[-2], servers[-1], bodies)})
@@ -148,7 +148,7 @@ def _meet_peer(
             found["starts"].append({"network": network, "contestant": running.name, "start_s": running.start_s})
             contestants.append((running.name, running.address, [""], running.asking, running.process.pid))
         for _, address, names, asking, _ in contestants:
-            put_load(address, names, bodies, 4, 1.0, asking)
+            put_load(address, names, bodies, 8, 5.0, asking)
         for turn in range(plan.rounds):
             for clients in plan.clients:
                 for name, address, names, asking, pid in contestants:
