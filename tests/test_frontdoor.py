@@ -34,6 +34,7 @@ from marten.bench.crowd import Crowd, Entrance
 from marten.bench.endurance import allowed_mb_h, slope_mb_h
 from marten.bench.outside import Machine, machine
 from marten.credentials import keys_text, open_or_make
+from marten.doorkeeper import for_models
 from marten.errors import ServerError, UsageError
 from marten.frontdoor import PAGE, PROXY, Door, parse_address, set_replicas, write_config
 from marten.readiness import Address, free_ports, golden_picture
@@ -69,6 +70,24 @@ def test_a_certificate_without_its_key_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tls.crt").write_text("a certificate")
     with pytest.raises(ServerError, match=r"tls\.crt stands alone"):
         open_or_make(tmp_path)
+
+
+def test_a_door_in_a_container_asks_the_models_that_it_is_told(tmp_path: Path) -> None:
+    shipped, folder = tmp_path / "etc", tmp_path / "told"
+    shutil.copytree(PROXY, shipped)
+    folder.mkdir()
+    text = (shipped / "envoy.yaml").read_text().replace("/etc/envoy", str(shipped))
+    (shipped / "envoy.yaml").write_text(text)
+    config = for_models(shipped / "envoy.yaml", "vgg, base_cnn", folder)
+    clusters = yaml.safe_load((folder / "replicas.yaml").read_text())["resources"]
+    assert clusters[0]["health_checks"][0]["http_health_check"]["path"] == "/predictions/vgg"
+    assert json.loads((folder / "models.json").read_text()) == {"models": ["vgg", "base_cnn"]}
+    assert str(folder / "replicas.yaml") in config.read_text()
+    assert str(folder / "models.json") in config.read_text()
+    assert "/srv/web/models.json" not in config.read_text()
+    for names in ("vgg,", "a b", "../x:y"):
+        with pytest.raises(UsageError, match="MARTEN_MODELS"):
+            for_models(shipped / "envoy.yaml", names, folder)
 
 
 @pytest.mark.parametrize("key", ["", "two words", 'a"b', "a\nb", "schlüssel"])
@@ -527,10 +546,12 @@ def test_envoy_takes_the_shipped_files(tmp_path: Path) -> None:
     for name in ("envoy.yaml", "replicas.yaml"):
         text = (PROXY / name).read_text().replace("/etc/envoy", str(tmp_path)).replace("/srv/web", str(PAGE))
         (tmp_path / name).write_text(text)
-    words = [program, "-c", tmp_path / "envoy.yaml", "--mode", "validate", "-l", "warning"]
-    told = subprocess.run(words, capture_output=True, text=True)
-    assert told.returncode == 0, told.stderr
-    assert not re.search("deprecat|work-in-progress", told.stderr, re.IGNORECASE), told.stderr
+    (tmp_path / "told").mkdir()
+    for config in (tmp_path / "envoy.yaml", for_models(tmp_path / "envoy.yaml", "vgg", tmp_path / "told")):
+        words = [program, "-c", config, "--mode", "validate", "-l", "warning"]
+        told = subprocess.run(words, capture_output=True, text=True)
+        assert told.returncode == 0, told.stderr
+        assert not re.search("deprecat|work-in-progress", told.stderr, re.IGNORECASE), told.stderr
 
 
 # ------------------------------------------------------------------------------------------------ on several machines
