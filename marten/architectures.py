@@ -8,7 +8,8 @@ takes `num_classes` and `dropout` and never downloads, and says in literals what
     PREPROCESS  fields of modelspec.Preprocess that differ from its defaults
     PRETRAINED  {variant: {"torchvision": weights enum} or {"package": "module:file"}}
 
-The literals are read without importing the file, so that `--help` needs no torch.
+The literals are read without importing the file, so that `--help` needs no torch. Two files have no variants: they
+build what torchvision and timm know by name, and marten/registries.py says the rest.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def known_architectures() -> dict[str, Architecture]:
 
 
 def find_architecture(name: str) -> Architecture:
-    """The network of that name.
+    """The network of that name: one of ours, or one of torchvision's or timm's.
 
     Raises:
         UsageError: there is none; lists the known ones and the nearest.
@@ -91,9 +92,15 @@ def find_architecture(name: str) -> Architecture:
     known = known_architectures()
     if name in known:
         return known[name]
+    from marten.registries import find_foreign  # which needs torch
+
+    if foreign := find_foreign(name):
+        return foreign
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise UsageError(f"no network called {name!r} in {MODELS}: there are {', '.join(known)}{hint}")
+    raise UsageError(
+        f"no network called {name!r} in {MODELS}: there are {', '.join(known)}, and those of torchvision and timm{hint}"
+    )
 
 
 def architecture_file(arch: str) -> Path:

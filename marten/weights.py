@@ -59,16 +59,34 @@ def _imagenet_weights(architecture: Architecture) -> tuple[dict[str, torch.Tenso
     if "package" in source:
         path = packaged_weights(architecture)
         return load_state_dict(path), source["package"].partition(":")[0].replace("_", "-")
-    from torchvision.models import get_weight
+    if "timm" in source:
+        return _timm_weights(architecture), f"timm {source['timm']}"
+    from torchvision.models import get_model, get_weight
 
     try:
-        return dict(get_weight(source["torchvision"]).get_state_dict(progress=True, check_hash=True)), source[
-            "torchvision"
-        ]
+        weights = get_weight(source["torchvision"])
+        if "name" in architecture.arch_args:  # torchvision's own network puts old names of layers right
+            state = get_model(architecture.arch_args["name"], weights=weights).state_dict()
+        else:
+            state = weights.get_state_dict(progress=True, check_hash=True)
+        return dict(state), source["torchvision"]
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "reason", error)
         raise TrainingError(
             f"ImageNet weights of {architecture.name} ({source['torchvision']}) cannot be fetched: {reason}."
+            " Give a local file with --weights FILE, or train from scratch with --weights none"
+        ) from error
+
+
+def _timm_weights(architecture: Architecture) -> dict[str, torch.Tensor]:
+    import timm
+
+    try:
+        return dict(timm.create_model(architecture.pretrained["timm"], pretrained=True).state_dict())
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TrainingError(
+            f"weights of {architecture.name} cannot be fetched from timm's hub: {reason}."
             " Give a local file with --weights FILE, or train from scratch with --weights none"
         ) from error
 

@@ -69,7 +69,8 @@ def relative(path: Path) -> str:
 
 @pytest.mark.parametrize("path", sources("models"), ids=relative)
 def test_an_architecture_imports_torch_and_torchvision_alone(path: Path) -> None:
-    assert roots(imported(path)) <= {"__future__", "torch", "torchvision", *sys.stdlib_module_names}
+    theirs = {"timm"} if path.stem == "timm_network" else set()
+    assert roots(imported(path)) <= {"__future__", "torch", "torchvision", *theirs, *sys.stdlib_module_names}
 
 
 @pytest.mark.parametrize("path", sources("handlers"), ids=relative)
