@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import queue
+import time
 import zipfile
 import zlib
 from collections import deque
@@ -33,6 +34,8 @@ FORMATS = ("prob", "kaggle", "all")
 Row = tuple[str, "list[float] | str"]
 _WORTH_AN_ENGINE = 100
 """Pictures per lane from which the second or two pay off that building its engine takes."""
+_SYNC_S = 1.0
+"""At most so much work is done anew after a power cut: to sync each batch takes a small network's time."""
 _AHEAD = 3
 """Batches under way for each thread, so that none is idle while the table is synced."""
 
@@ -182,6 +185,7 @@ class Table:
         told = {"columns": self._columns, **depends_on}
         self.done = 0
         self.rejected = 0
+        self._synced = time.monotonic()
         if self._told.exists() and self._partial.exists():
             then = json.loads(self._told.read_text(encoding="utf-8"))
             changed = [name for name in told if then.get(name) != told[name]]
@@ -219,7 +223,7 @@ class Table:
             file.truncate(end)
 
     def add(self, rows: Sequence[Row], values: Callable[[list[float]], list[float]]) -> None:
-        """Append a batch, synced: what has been added survives a power cut."""
+        """Append a batch, which survives a kill; and a power cut, once a second has gone by."""
         with self._room(), open(self._partial, "a", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             for id_, found in rows:
@@ -229,7 +233,9 @@ class Table:
                 else:
                     writer.writerow(["=" + id_, *(f"{p:.6f}" for p in values(found))])
             file.flush()
-            os.fsync(file.fileno())
+            if time.monotonic() - self._synced > _SYNC_S:
+                os.fsync(file.fileno())
+                self._synced = time.monotonic()
         self.done += len(rows)
 
     def finish(self, filled: float | None = None) -> None:
