@@ -116,6 +116,7 @@ def build_parser() -> Parser:
     )
     how("--mix", default="none", metavar="M", help="pictures of a batch with each other: none, mixup, cutmix or both")
     how("--ema", type=float, default=0.0, metavar="DECAY", help="validate and keep a running average of the weights")
+    how("--mirror", action="store_true", help="answer by a picture and its mirror image, at twice the cost")
     how("--early_stop", type=int, default=0, metavar="N", help="stop after N epochs without a better validation loss")
 
     where = add("where, and for how long").add_argument

@@ -101,4 +101,5 @@ def _spec(
         score_scale=scale,
         arch_args=arch_args,
         preprocess=architecture.preprocess,
+        mirror=settings.mirror,
     )

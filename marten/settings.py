@@ -41,6 +41,7 @@ class Settings:
         weights: "auto", "none", "imagenet", or the path of a state dict to start from.
         mix: how two pictures of a batch become one; see marten.mixing.
         weigh: what makes one score's error count more than another's; see marten.weighing.
+        mirror: answers are the mean over a picture and its mirror image, in validation as in serving.
         batch_norm: of several processes, over the pictures of all ("shared") or of each ("own").
         track: who is told of each epoch besides metrics.jsonl; see marten.tracking.
         checkpoint_every: epochs as "2", minutes as "30min", or "" for never.
@@ -71,6 +72,7 @@ class Settings:
     weigh: tuple[str, ...] = ()
     label_smoothing: float = 0.0
     ema: float = 0.0
+    mirror: bool = False
     early_stop: int = 0
     on_bad: str = "skip"
     checkpoint_every: str = ""

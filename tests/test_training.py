@@ -51,6 +51,20 @@ def test_a_run_without_validation_keeps_its_last_best(drawn_set: Path, tmp_path:
     assert ModelCard.read(tmp_path / "model.json").metrics == {}
 
 
+def test_a_mirrored_run_learns_the_same_and_is_judged_and_served_by_both_views(drawn_set: Path, tmp_path: Path) -> None:
+    plain, both = tmp_path / "plain", tmp_path / "both"
+    assert [run_once(drawn_set, out, epochs=1, mirror=out == both) for out in (plain, both)] == [DONE, DONE]
+    assert (plain / "model.pth").read_bytes() == (both / "model.pth").read_bytes()
+    cards = [ModelCard.read(out / "model.json") for out in (plain, both)]
+    assert [card.spec.mirror for card in cards] == [False, True]
+    losses = [card.metrics["validation_loss"]["value"] for card in cards]
+    assert losses[0] != losses[1]
+    network, card = load_model(both / "model.pth")
+    images = torch.rand(2, 3, 224, 224)
+    with torch.inference_mode():
+        torch.testing.assert_close(card.spec.logits(network, images), card.spec.logits(network, images.flip(3)))
+
+
 def test_a_frozen_backbone_stays_bit_for_bit(tmp_path: Path) -> None:
     from marten.architectures import find_architecture
     from marten.weights import packaged_weights
