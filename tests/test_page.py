@@ -207,9 +207,9 @@ def test_it_is_worked_by_keys_alone(open_page: Callable[..., Any], address: str,
     page.on("filechooser", keep)
     page.get_by_label("Model").wait_for()
     page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.id") == "model"
+    page.wait_for_function("document.activeElement.id == 'model'")
     page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.id") == "choose"
+    page.wait_for_function("document.activeElement.id == 'choose'")
     page.keyboard.press("Enter")
     for _ in range(200):
         if choosers:
@@ -218,7 +218,7 @@ def test_it_is_worked_by_keys_alone(open_page: Callable[..., Any], address: str,
     choosers[0].set_files(str(photo))
     page.locator(".look:visible").wait_for()
     page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.className") == "look"
+    page.wait_for_function("document.activeElement.className == 'look'")
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     page.keyboard.press("Space")
     page.locator(".look[aria-pressed=true]").wait_for()
