@@ -6,6 +6,7 @@ with the number of classes.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from modelspec import Preprocess
 _TIMM = "timm_"
 
 
+@functools.cache  # it builds the network twice, and a run asks several times
 def find_foreign(name: str) -> Architecture | None:
     """The network that torchvision, or timm with `timm_` before it, knows by that name; None where neither does.
 
