@@ -78,7 +78,7 @@ class SharedDropout(nn.Dropout):
         if not self.training or not 0 < self.p < 1:
             return super().forward(features)
         length = len(features) if self.whole is None else self.whole
-        left_out = round(self.p * 2**16)
+        left_out = min(round(self.p * 2**16), 2**16 - 1)  # never all of them
         like_memory = features.ndim == 4 and features.stride(1) == 1  # channels last
         n, *rest = features.shape
         shape = (length, *rest[1:], rest[0]) if like_memory else (length, *rest)

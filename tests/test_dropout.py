@@ -64,3 +64,8 @@ def test_each_process_takes_its_rows_of_one_mask() -> None:
 def test_all_or_nothing_and_evaluation_are_torchs_own(p: float, expected: float) -> None:
     assert layer(p)(torch.ones(3, 4)).eq(expected).all()
     assert layer(0.5).eval()(torch.ones(3, 4)).eq(1).all()
+
+
+def test_nearly_all_left_out_is_not_all() -> None:
+    torch.manual_seed(5)
+    assert layer(1 - 1e-7)(torch.ones(2**20)).isfinite().all()
