@@ -97,7 +97,7 @@ def build_parser() -> Parser:
         "--augment",
         default=standard.augment,
         metavar="A",
-        help="changes of pictures in training: none, flip, standard or strong",
+        help="changes of pictures in training: none, flip, light, standard or strong",
     )
     how(
         "--freeze",

@@ -29,18 +29,18 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Union
 
 import torch
 
-# ts imports this backend of torch.compile wherever openvino is installed: 3 s and 60 MB, and nobody compiles here.
+import engines
+import explain
+import modelspec
+import telemetry
+from modelspec import CardError, ModelCard, ModelSpec, PictureError
+
+# ts's own explanations and transforms, and a backend of torch.compile: nothing of them is called here.
 sys.modules.setdefault("openvino.torch", None)  # type: ignore[arg-type]
-
-from ts.torch_handler.base_handler import BaseHandler  # noqa: E402
-from ts.torch_handler.image_classifier import ImageClassifier  # noqa: E402
-from ts.utils.util import list_classes_from_module  # noqa: E402
-
-import engines  # noqa: E402
-import explain  # noqa: E402
-import modelspec  # noqa: E402
-import telemetry  # noqa: E402
-from modelspec import CardError, ModelCard, ModelSpec, PictureError  # noqa: E402
+with engines.unloaded("captum", "captum.attr", "torchvision"):
+    from ts.torch_handler.base_handler import BaseHandler
+    from ts.torch_handler.image_classifier import ImageClassifier
+    from ts.utils.util import list_classes_from_module
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +102,8 @@ class MartenClassifier(ImageClassifier):  # type: ignore[misc]
 
     def _load_pickled_model(self, model_dir: str, model_file: str, model_pt_path: str) -> torch.nn.Module:
         """Build the network with the card's arguments, where BaseHandler would pass none."""
+        if "torchvision" in Path(model_dir, model_file).read_text(encoding="utf-8"):
+            engines.import_torchvision()
         module = importlib.import_module(Path(model_file).stem)
         check_own(Path(model_dir), module.__file__)
         (network_class,) = list_classes_from_module(module)

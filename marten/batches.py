@@ -28,6 +28,7 @@ def augmentation(name: str, preprocess: Preprocess) -> Any:
 
     none      the serving transform, unchanged
     flip      that, mirrored half of the time
+    light     a random crop of 50-100 % of the area, mirrored half of the time
     standard  a random crop of 35-100 % of the area, mirrored half of the time, light changes of colour
     strong    a random crop of 20-100 %, mirrored, then one random operation (TrivialAugment)
 
@@ -41,6 +42,9 @@ def augmentation(name: str, preprocess: Preprocess) -> Any:
         return preprocess.resized
     if name == "flip":
         return v2.Compose([v2.Lambda(preprocess.resized), flip])
+    if name == "light":
+        crop = v2.RandomResizedCrop((height, width), scale=(0.5, 1.0), interpolation=mode)
+        return v2.Compose([crop, flip])
     if name == "standard":
         crop = v2.RandomResizedCrop((height, width), scale=(0.35, 1.0), interpolation=mode)
         return v2.Compose([crop, flip, v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)])

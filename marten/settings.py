@@ -14,7 +14,7 @@ from marten.schedules import SCHEDULES
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-AUGMENTATIONS = ("none", "flip", "standard", "strong")
+AUGMENTATIONS = ("none", "flip", "light", "standard", "strong")
 LOSSES = ("auto", "mse", "huber")
 MIXES = ("none", "mixup", "cutmix", "both")
 WEIGHINGS = ("votes", "tenths")

@@ -166,7 +166,7 @@ REFUSAL = "            return error\n"
         ("HANDLER", REFUSAL, REFUSAL.replace("error", "{}"), "broken picture"),
         (
             "HANDLER",
-            "import modelspec  # noqa: E402\n",
+            "import modelspec\n",
             "import modelspec\nimport marten\n",
             "No module named 'marten'",
         ),

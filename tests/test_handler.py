@@ -39,6 +39,42 @@ QUICK = {"handler": {"engine": "torch"}}
 """Loads at once; the other engines have tests of their own."""
 
 
+LEAN = """
+import sys
+import torch
+import engines
+from handlers.image_classifier import ImageClassifier
+from models.cat_dog_conv_net.cat_dog_conv_net import CatAndDogConvNet
+
+def loaded():
+    return [name for name in ("captum", "torchvision", "torch._dynamo", "sympy") if name in sys.modules]
+
+assert loaded() == [], loaded()
+network = CatAndDogConvNet().eval()
+engine = engines.build_openvino(network, (224, 224), "fp32", 1)
+assert loaded() == [], loaded()
+images_NCHW = torch.rand(1, 3, 224, 224)
+with torch.inference_mode():
+    assert torch.allclose(engine(images_NCHW), network(images_NCHW), atol=1e-5)
+
+engines.import_torchvision()
+from torchvision.models import resnet18
+assert loaded() == ["torchvision"], loaded()
+assert resnet18(num_classes=2)(images_NCHW.repeat(2, 1, 1, 1)).shape == (2, 2)
+
+import captum.attr
+import torch._dynamo.utils
+assert captum.attr.IntegratedGradients(network).attribute(images_NCHW, target=0).shape == images_NCHW.shape
+assert isinstance(torch._dynamo.utils.is_compile_supported("cpu"), bool)
+"""
+
+
+def test_a_worker_loads_nothing_that_it_never_calls() -> None:
+    pytest.importorskip("openvino")
+    done = subprocess.run([sys.executable, "-c", LEAN], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 @functools.cache
 def ts_metrics() -> Any:
     """TorchServe's own metrics, as a worker has them."""
