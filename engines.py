@@ -146,8 +146,7 @@ def _folded(network: torch.nn.Module) -> torch.nn.Module:
 
 def build_openvino(network: torch.nn.Module, size_px: Tuple[int, int], precision: str, threads: int) -> Engine:
     """Convert the network for OpenVINO's CPU plugin, for batches of any size."""
-    import openvino  # type: ignore[import-not-found, unused-ignore]
-
+    openvino = import_openvino()
     height, width = size_px
     black_NHWC = torch.zeros(1, height, width, 3)
     with warnings.catch_warnings():
@@ -246,3 +245,14 @@ def import_torchvision() -> None:
     """torchvision, without the compiler that it imports for an operation of detectors: 1 s and 100 MB."""
     with unloaded("torch._dynamo", "torch._dynamo.utils"):
         import torchvision  # noqa: F401
+
+
+def import_openvino() -> Any:
+    """OpenVINO without its reports of every conversion to Google Analytics.
+
+    Each is sent by a process that a thread forks, and which may wait for a lock for ever, as then does who forked it.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino  # type: ignore[import-not-found, unused-ignore]
+
+    return openvino

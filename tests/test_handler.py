@@ -41,6 +41,7 @@ QUICK = {"handler": {"engine": "torch"}}
 
 LEAN = """
 import sys
+import threading
 import torch
 import engines
 from handlers.image_classifier import ImageClassifier
@@ -53,6 +54,7 @@ assert loaded() == [], loaded()
 network = CatAndDogConvNet().eval()
 engine = engines.build_openvino(network, (224, 224), "fp32", 1)
 assert loaded() == [], loaded()
+assert len(threading.enumerate()) == 1, "a conversion is reported to its makers: " + str(threading.enumerate())
 images_NCHW = torch.rand(1, 3, 224, 224)
 with torch.inference_mode():
     assert torch.allclose(engine(images_NCHW), network(images_NCHW), atol=1e-5)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from engines import import_openvino
 from marten.cells.networks import Profiler, layer_output
 
 Features = Callable[[torch.Tensor], torch.Tensor]
@@ -61,8 +62,7 @@ def drawn_crops(channels: int, size_px: int) -> torch.Tensor:
 
 
 def _convert(profiler: Profiler, channels: int, size_px: int, threads: int) -> Features:
-    import openvino
-
+    openvino = import_openvino()
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # tracing is deprecated in favour of torch.export, which takes twice as long
         model = openvino.convert_model(
