@@ -33,6 +33,7 @@ MAX_ASPECT = 100
 RESIZE_RULES = ("squash", "crop", "pad")
 TASKS = ("classification", "regression", "embedding")
 _BILINEAR, _BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
+_ORIENTATION = 0x0112  # of EXIF
 _INTERPOLATIONS = {"bilinear": _BILINEAR, "bicubic": _BICUBIC}
 
 # Pillow warns at MAX_IMAGE_PIXELS and refuses at twice that; our own check gives the answer, before any decoding.
@@ -144,6 +145,8 @@ def _check_size(size: Tuple[int, int], name: str) -> None:
 
 def _upright(picture: Image.Image) -> Image.Image:
     try:
+        if picture.getexif().get(_ORIENTATION, 1) == 1:
+            return picture  # which exif_transpose would copy
         return ImageOps.exif_transpose(picture)
     except Exception:  # a broken EXIF block must not cost the picture its answer
         return picture
