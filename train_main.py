@@ -46,6 +46,12 @@ def build_parser() -> Parser:
         help="state dict to write; default: models/model_<conv_net>.pth",
     )
     what("--weights", default="auto", metavar="W", help="auto, none, imagenet, or a state dict to start from")
+    what(
+        "--pre",
+        default=standard.pre,
+        metavar="P",
+        help="preprocessing: the network's own, or that of the one named",
+    )
     what("--on_bad", default="skip", choices=("skip", "refuse"), help="what to do about files that are no pictures")
     what(
         "-v",

@@ -45,7 +45,7 @@ def build_parser() -> Parser:
     add("--epochs", type=int, default=20, metavar="N", help="times to go through the pictures")
     add("--batch_size", type=int, default=128, metavar="N", help="pictures per step")
     add("--model", default="resnet101", metavar="NAME", help="network: see train_main.py --help")
-    add("--pre", default="resnet", choices=("resnet",), help="preprocessing: that of the network")
+    add("--pre", default="resnet", metavar="NAME", help="preprocessing: of any network by name, or own of the model")
     add("--root_dir", type=Path, default=Path(), metavar="DIR", help="of the other folders; default: this one")
     add("--lr", type=float, default=1e-3, metavar="LR", help="learning rate")
     add("--run_name", default="default", metavar="NAME", help="of the files that the run leaves")
@@ -89,6 +89,7 @@ def main(args: Namespace) -> int:
         seed=42,
         schedule="constant",
         augment="none",
+        pre=args.pre,
         score_range=(1.0, 10.0) if is_score else (),
         weigh=("tenths",) if args.oversample else (),
         weights=args.weights,

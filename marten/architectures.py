@@ -32,6 +32,7 @@ from modelspec import Preprocess
 if TYPE_CHECKING:
     import torch
 
+OWN = "own"
 _FACTS = ("VARIANTS", "HEAD", "PREPROCESS", "PRETRAINED")
 
 
@@ -101,6 +102,40 @@ def find_architecture(name: str) -> Architecture:
     raise UsageError(
         f"no network called {name!r} in {MODELS}: there are {', '.join(known)}, and those of torchvision and timm{hint}"
     )
+
+
+def find_preprocess(pre: str, architecture: Architecture) -> Preprocess:
+    """How pictures are brought to a network: `own`, as its architecture has it, or as another network has it.
+
+    Args:
+        pre: "own"; the name of a network, ours, torchvision's or timm's; or a folder of models/, as "resnet".
+        architecture: of the network that is trained.
+
+    Raises:
+        UsageError: there is no such network, or the one that is trained cannot take pictures of that size.
+    """
+    if pre == OWN:
+        return architecture.preprocess
+    families = {known.arch: known.preprocess for known in known_architectures().values()}
+    preprocess = families.get(pre) or find_architecture(pre).preprocess
+    if preprocess.size_px != architecture.preprocess.size_px:
+        _check_size(pre, architecture, preprocess.size_px)
+    return preprocess
+
+
+def _check_size(pre: str, architecture: Architecture, size_px: tuple[int, int]) -> None:
+    import torch
+
+    with torch.random.fork_rng(devices=[]), torch.inference_mode():
+        network = build_network(architecture.arch, {**architecture.arch_args, "num_classes": 2}).eval()
+        try:
+            network(torch.zeros(1, 3, *size_px))
+        except (RuntimeError, AssertionError, ValueError) as error:  # what torch, timm and torchvision raise
+            (height, width), (own_height, own_width) = size_px, architecture.preprocess.size_px
+            raise UsageError(
+                f"--pre {pre} gives pictures of {width}x{height}, which {architecture.name} cannot take: its own are of"
+                f" {own_width}x{own_height}"
+            ) from error
 
 
 def architecture_file(arch: str) -> Path:

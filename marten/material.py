@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from marten.architectures import Architecture
+from marten.architectures import Architecture, find_preprocess
 from marten.datasets import PictureSet, Sample, split, split_table
 from marten.distributed import World, moved
 from marten.errors import UsageError
 from marten.runlog import look_at
 from marten.scoretable import LAYOUT, Scale, fit_scale, standard_of
 from marten.settings import Settings
-from modelspec import ModelSpec
+from modelspec import ModelSpec, Preprocess
 
 
 @dataclass(frozen=True)
@@ -72,17 +72,24 @@ def find_material(settings: Settings, architecture: Architecture, world: World) 
         MartenError: nothing that can be trained on, or settings that do not fit what is there.
     """
     root = Path(settings.data_dir)
-    looked, there = world.first(lambda: (look_at(root, architecture.preprocess, settings.on_bad), root))
+    preprocess = find_preprocess(settings.pre, architecture)
+    looked, there = world.first(lambda: (look_at(root, preprocess, settings.on_bad), root))
     pictures = moved(looked, there, root)
     training, validation = split(pictures.samples, settings.validation_split, settings.seed)
     scale = fit_scale(training, settings.score_range) if pictures.layout == LAYOUT else None
     if scale:
         training, validation = scale.apply(training), scale.apply(validation)
-    return Material(pictures, training, validation, scale, _spec(settings, architecture, pictures, training))
+    return Material(
+        pictures, training, validation, scale, _spec(settings, architecture, preprocess, pictures, training)
+    )
 
 
 def _spec(
-    settings: Settings, architecture: Architecture, pictures: PictureSet, training: Sequence[Sample]
+    settings: Settings,
+    architecture: Architecture,
+    preprocess: Preprocess,
+    pictures: PictureSet,
+    training: Sequence[Sample],
 ) -> ModelSpec:
     is_score = pictures.layout == LAYOUT
     if not is_score and (settings.loss != "auto" or settings.score_range or settings.weigh):
@@ -100,6 +107,6 @@ def _spec(
         score_offset=offset,
         score_scale=scale,
         arch_args=arch_args,
-        preprocess=architecture.preprocess,
+        preprocess=preprocess,
         mirror=settings.mirror,
     )

@@ -39,6 +39,7 @@ class Settings:
         lr: learning rate of the head, and optionally of the backbone.
         freeze: "none", "backbone", or the number of first epochs in which only the head learns.
         weights: "auto", "none", "imagenet", or the path of a state dict to start from.
+        pre: whose preprocessing: "own" of the network, or another network's name; see marten.architectures.
         mix: how two pictures of a batch become one; see marten.mixing.
         weigh: what makes one score's error count more than another's; see marten.weighing.
         mirror: answers are the mean over a picture and its mirror image, in validation as in serving.
@@ -63,6 +64,7 @@ class Settings:
     batch_norm: str = "shared"
     num_workers: int = -1
     weights: str = "auto"
+    pre: str = "own"
     freeze: str = "none"
     augment: str = "standard"
     mix: str = "none"

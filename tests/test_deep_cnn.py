@@ -94,7 +94,7 @@ def test_scores_from_the_originals_table(tmp_path: Path) -> None:
     ("words", "told"),
     [
         (["--wandb", "perhaps"], "True or False"),
-        (["--pre", "vit"], "invalid choice"),
+        (["--pre", "vit"], "no network called 'vit'"),
         (["--model", "resnet19"], "resnet18"),
         (["--data_dir", "nowhere"], "scripts/data places"),
     ],

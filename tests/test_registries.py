@@ -10,9 +10,9 @@ import pytest
 import torch
 import torchvision
 
-from marten.architectures import build_network, find_architecture
+from marten.architectures import build_network, find_architecture, find_preprocess
 from marten.archive import plan_archive, write_archive
-from marten.errors import TrainingError, UsageError
+from marten.errors import CHECKPOINTED, DONE, TrainingError, UsageError
 from marten.weights import start_weights
 from modelspec import ModelCard
 from tests.runs import run_once
@@ -47,6 +47,33 @@ def test_head_and_preprocessing_are_what_the_registry_says(name: str, head: str,
 def test_our_own_networks_keep_their_names() -> None:
     assert find_architecture("resnet18").arch == "resnet"
     assert find_architecture("efficientnet_b0").arch == "efficientnet"
+
+
+def test_preprocessing_of_another_network() -> None:
+    base, small = find_architecture("base_cnn"), find_architecture("mobilenet_v3_small")
+    assert find_preprocess("own", base) == base.preprocess
+    assert base.preprocess.resize == "squash"
+    assert find_preprocess("resnet", base) == find_architecture("resnet50").preprocess
+    assert find_preprocess("base_cnn", small) == base.preprocess
+    before = torch.random.get_rng_state()
+    assert find_preprocess("inception_v3", small).size_px == (299, 299)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    with pytest.raises(UsageError, match=r"--pre inception_v3 gives pictures of 299x299, which base_cnn cannot take: "):
+        find_preprocess("inception_v3", base)
+    with pytest.raises(UsageError, match="no network called 'resnet19'"):
+        find_preprocess("resnet19", base)
+
+
+def test_a_run_learns_and_is_archived_with_the_preprocessing_that_it_was_given(drawn_set: Path, tmp_path: Path) -> None:
+    assert run_once(drawn_set, tmp_path, 2, pre="resnet") == CHECKPOINTED
+    with pytest.raises(UsageError, match="--pre was resnet, is own"):
+        run_once(drawn_set, tmp_path, pre="own")
+    assert run_once(drawn_set, tmp_path, pre="resnet") == DONE
+    assert ModelCard.read(tmp_path / "model.json").spec.preprocess == find_architecture("resnet18").preprocess
+    assert (
+        write_archive(plan_archive(tmp_path / "model.pth", export_path=tmp_path / "store", parts=tmp_path / "parts"))
+        <= 3e-5
+    )
 
 
 def test_every_classifier_of_torchvision_is_found_or_ours() -> None:
