@@ -153,7 +153,8 @@ elif (( processes > 1 )); then
   MARTEN_EXIT=$(mktemp "${TMPDIR:-/tmp}/marten-exit.XXXXXX")
   export MARTEN_EXIT
   # SIGUSR1 is for the processes, as SIGTERM is; torchrun gives them 30 s to save themselves
-  stage_and_run "$python" -m torch.distributed.run --standalone --nproc-per-node "$processes" \
+  # its processes meet on this machine alone, whatever its name resolves to
+  stage_and_run "$python" -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node "$processes" \
     --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 else
   stage_and_run "$python"
