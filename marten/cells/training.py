@@ -121,11 +121,10 @@ class CellTraining:
 
     def _go_on(self, interrupt: Interrupt) -> int:
         while self.at.epoch < self.epochs:
-            if not self._train_epoch(interrupt):
+            if not (self._train_epoch(interrupt) and self._finish_epoch(interrupt)):
                 self.save()
                 say(f"Stopped by {interrupt.reason} in epoch {self.at.epoch}, batch {self.at.batch}; run me again.")
                 return CHECKPOINTED
-            self._finish_epoch()
             if self.at.epoch < self.epochs:
                 self.save()
         self._finish()
@@ -195,12 +194,16 @@ class CellTraining:
         labels_NK[torch.arange(len(labels_NK)), torch.from_numpy(self.crops.targets)] += 1 - smoothing
         return labels_NK
 
-    def _finish_epoch(self) -> None:
+    def _finish_epoch(self, interrupt: Interrupt) -> bool:
+        """Validate, keep the best, write the log; False when interrupted, the state being that of the last batch."""
         assert self.at.seen is not None
         seen, epoch = self.at.seen, self.at.epoch
         row: dict[str, Any] = {"epoch": epoch, "acc": seen.accuracy, "loss": seen.loss, "top_k": seen.top_k_accuracy}
         frequency = int(self.config["train.validation.frequency"])
-        judged = self.validate() if (epoch + 1) % frequency == 0 or epoch + 1 == self.epochs else None
+        is_judged = (epoch + 1) % frequency == 0 or epoch + 1 == self.epochs
+        judged = self.validate(interrupt) if is_judged else None
+        if is_judged and judged is None:
+            return False
         if judged is not None:
             row |= {
                 "val_acc": judged.accuracy,
@@ -224,15 +227,18 @@ class CellTraining:
             f"{row['val_acc']:.4f} macro F1 {row['val_macro_f1']:.4f} | lr {row['lr']:.3g}, {self._pace:.0f} crops/s"
         )
         self.at.epoch, self.at.batch, self.at.seen = epoch + 1, 0, None
+        return True
 
     @torch.inference_mode()
-    def validate(self) -> Scores:
-        """Judge the network on every validation crop, always the same ones, each once."""
+    def validate(self, interrupt: Interrupt) -> Scores | None:
+        """Judge the network on every validation crop, always the same ones, each once; None when interrupted."""
         self.network.eval()
         scores = Scores(len(self.crops.labels), self.top_k)
         rows = self.crops.validation if len(self.crops.validation) else self.crops.training
         size = int(self.config["train.validation.batch_size"])
         for number, crops_NCHW in enumerate(self.batches.read(rows, size)):
+            if interrupt.reason:
+                return None
             images_NCHW = crops_NCHW.to(self.runtime.device).to(memory_format=torch.channels_last)
             with self.runtime.autocast():
                 logits_NK = self.network(images_NCHW).float().cpu()

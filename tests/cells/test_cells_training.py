@@ -122,6 +122,18 @@ def test_a_stopped_run_ends_in_the_same_bytes(told, batches):
     assert log(told, "whole") == log(told, "stopped")
 
 
+def test_a_stop_while_validating_is_a_stop_at_once(told):
+    whole, _ = run(told, "whole")
+    steps = -(-len(whole.crops.epoch_order(0, 0)) // whole.batch_size)
+    stopped, code = run(told, "stopped", After(steps + 1))
+    assert code == CHECKPOINTED
+    assert (stopped.at.epoch, stopped.at.batch, stopped.at.history) == (0, steps, [])
+    assert run(told, "stopped")[1] == 0
+    first, second = (told.root / f"outputs/{exp}/checkpoint/model.pth" for exp in ("whole", "stopped"))
+    assert first.read_bytes() == second.read_bytes()
+    assert log(told, "whole") == log(told, "stopped")
+
+
 def test_online_labels_move_with_the_predictions_and_survive_a_stop(told):
     told.config(**{"train.model.crop_generator": "online_labels_cropgen", "train.model.params.online_lambda": 0.5})
     whole, _ = run(told, "whole")
