@@ -65,11 +65,11 @@ def _convert(profiler: Profiler, channels: int, size_px: int, threads: int) -> F
     openvino = import_openvino()
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # tracing is deprecated in favour of torch.export, which takes twice as long
-        model = openvino.convert_model(
-            _Layer(profiler),
-            example_input=torch.zeros(1, size_px, size_px, channels),
-            input=[openvino.PartialShape([-1, size_px, size_px, channels])],
-        )
+        black_NHWC = torch.zeros(1, size_px, size_px, channels)
+        trace: Callable[..., Any] = torch.jit.trace
+        traced = trace(_Layer(profiler), black_NHWC, check_trace=False)  # its own check imports for a second
+        shape = openvino.PartialShape([-1, size_px, size_px, channels])
+        model = openvino.convert_model(traced, example_input=black_NHWC, input=[shape])
     options = {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": threads}
     options |= {"ENABLE_CPU_PINNING": False}  # parts of one profile run side by side, each pinned to the first cores
     compiled = openvino.Core().compile_model(model, "CPU", options)
