@@ -20,7 +20,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 from unittest.mock import MagicMock
 
 import torch
@@ -37,12 +37,20 @@ TOLERANCE = {"fp32": (2e-6, 2e-5), "bf16": (2e-3, 0.05), "fp16": (2e-3, 0.05)}
 The outputs count too, because a softmax that is sure of the drawn pictures would hide what its inputs show.
 """
 
+MOST_THREADS = 8
+"""For one batch: beyond, threads wait for each other more than they help."""
+
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _OPENVINO_TYPES = {"fp32": "f32", "bf16": "bf16"}
 
 
 def choose_engine(
-    network: torch.nn.Module, spec: ModelSpec, settings: Mapping[str, Any], device: torch.device, threads: int
+    network: torch.nn.Module,
+    spec: ModelSpec,
+    settings: Mapping[str, Any],
+    device: torch.device,
+    threads: int,
+    cores: int = 0,
 ) -> Tuple[Engine, str]:
     """Build the fastest engine that the settings allow, that this machine has, and that answers as the network does.
 
@@ -52,6 +60,7 @@ def choose_engine(
         settings: "precision" and "engine", as CHOICES lists them; neither is a promise, both fall back.
         device: where it runs.
         threads: for one batch on the CPU.
+        cores: of all workers together, of which a batch may have up to MOST_THREADS while nobody else needs them.
 
     Returns:
         The engine, and one line that tells what it is and why it is no faster one.
@@ -63,17 +72,29 @@ def choose_engine(
     reasons = []
     with torch.inference_mode():
         wanted_NK = spec.logits(network, images_NCHW)
+
+        def checked(name: str, precision: str, threads: int) -> Tuple[Engine, float]:
+            engine = _BUILDERS[name](network, spec.preprocess.size_px, precision, threads)
+            gap, outputs_gap = distances(spec, spec.logits(engine, images_NCHW), wanted_NK)
+            if gap > TOLERANCE[precision][0] or outputs_gap > TOLERANCE[precision][1]:
+                raise _OffError("{:.1e} ({:.1e}) off eager fp32".format(gap, outputs_gap))
+            return engine, gap
+
         for name, precision in plans(settings, device):
             try:
-                engine = _BUILDERS[name](network, spec.preprocess.size_px, precision, threads)
-                gap, outputs_gap = distances(spec, spec.logits(engine, images_NCHW), wanted_NK)
+                engine, gap = checked(name, precision, threads)
             except Exception as error:  # a missing package, a layer that it does not know, no memory: whatever it is
                 reasons.append("{} {}: {}".format(name, precision, _first_line(error)))
                 continue
-            if gap <= TOLERANCE[precision][0] and outputs_gap <= TOLERANCE[precision][1]:
-                told = "engine {} {}, {} threads, within {:.0e} of eager fp32".format(name, precision, threads, gap)
-                return engine, "; ".join([told, *reasons])
-            reasons.append("{} {}: {:.1e} ({:.1e}) off eager fp32".format(name, precision, gap, outputs_gap))
+            told = "engine {} {}, {} threads, within {:.0e} of eager fp32".format(name, precision, threads, gap)
+            wide = min(cores, MOST_THREADS)
+            if name == "openvino" and wide > threads:
+                try:
+                    engine = _in_turns(engine, checked(name, precision, wide)[0], cores - wide)
+                    told += ", {} while nobody else runs".format(wide)
+                except Exception as error:  # no memory for it twice
+                    reasons.append("{} threads: {}".format(wide, _first_line(error)))
+            return engine, "; ".join([told, *reasons])
     return network, "; ".join(["engine eager fp32, {} threads".format(threads), *reasons])
 
 
@@ -172,6 +193,16 @@ def build_openvino(network: torch.nn.Module, size_px: Tuple[int, int], precision
     return run
 
 
+def _in_turns(narrow: Engine, wide: Engine, most_elsewhere: int) -> Engine:
+    """One engine of two: the wide one while no more than so many threads run elsewhere on this machine."""
+
+    def run(images_NCHW: torch.Tensor) -> torch.Tensor:
+        elsewhere = running_elsewhere()
+        return (narrow if elsewhere is None or elsewhere > most_elsewhere else wide)(images_NCHW)
+
+    return run
+
+
 class _FromNHWC(torch.nn.Module):
     """A network that takes its images as they lie in memory."""
 
@@ -207,6 +238,21 @@ def fit_threads(setting: Any = "auto") -> int:
     return max(1, cores // max(1, count_workers()))
 
 
+def cores_told() -> int:
+    """Cores that all workers share, as scripts/serve, who knows a container's, tells them; 0 where nobody does."""
+    told = os.environ.get("MARTEN_CORES", "")
+    return int(told) if told.isdigit() else 0
+
+
+def running_elsewhere(loadavg: Path = Path("/proc/loadavg")) -> Optional[int]:
+    """Threads of this machine that run or could run just now, besides the one that asks; None where none are told."""
+    try:
+        running = int(loadavg.read_text(encoding="ascii").split()[3].partition("/")[0])
+    except (OSError, ValueError, IndexError):
+        return None
+    return running - 1 if running > 0 else None  # some containers tell of none
+
+
 def count_workers() -> int:
     """Workers of the TorchServe that started this process, this one among them; 0 when none did."""
     try:
@@ -218,7 +264,13 @@ def count_workers() -> int:
         return 0
 
 
+class _OffError(Exception):
+    """An engine does not answer as the network does."""
+
+
 def _first_line(error: Exception) -> str:
+    if isinstance(error, _OffError):
+        return str(error)
     return "{}: {}".format(type(error).__name__, (str(error).strip().splitlines() or [""])[0][:200])
 
 

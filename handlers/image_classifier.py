@@ -88,14 +88,19 @@ class MartenClassifier(ImageClassifier):  # type: ignore[misc]
         self.settings = read_settings(context.model_yaml_config)
         self.card = find_card(folder, context.manifest["model"]["serializedFile"])
         self.spec = self.card.spec
-        threads = engines.fit_threads(self.settings["threads"])
+        self.threads = threads = engines.fit_threads(self.settings["threads"])
         torch.set_num_threads(threads)
         self.decoders = ThreadPoolExecutor(threads, "decoder") if threads > 1 else None
         # Not VisionHandler's: that one starts captum's explanations and lifts Pillow's limit.
         BaseHandler.initialize(self, context)
         self.initialized = False
-        self.engine, told = engines.choose_engine(self.model, self.spec, self.settings, self.device, threads)
+        cores = engines.cores_told()
+        self.engine, told = engines.choose_engine(self.model, self.spec, self.settings, self.device, threads, cores)
         logger.info(told)
+        if told.startswith("engine openvino"):
+            torch.set_num_threads(
+                1
+            )  # else torch's threads, done with normalising, spin where OpenVINO's should compute
         self._warm_up()
         telemetry.tell_expected(context, self.card.data.get("train"), self.spec.version, self.card.weights_sha256)
         self.initialized = True
@@ -221,6 +226,8 @@ class MartenClassifier(ImageClassifier):  # type: ignore[misc]
 
     def _explain(self, i: int, pixels_HWC: torch.Tensor) -> Outcome:
         """The picture under its heat map as a PNG, or JSON with it inside, as the request accepts."""
+        others = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
         try:
             heat_HW, index = explain.heat_map(self.model, self.spec, pixels_HWC)
             png = explain.overlay_png(pixels_HWC, heat_HW)
@@ -229,6 +236,8 @@ class MartenClassifier(ImageClassifier):  # type: ignore[misc]
         except Exception:
             logger.exception("an explanation failed")
             return PictureError(500, "the explanation failed: the server's log says why")
+        finally:
+            torch.set_num_threads(others)
         headers = self.context.get_all_request_header(i)
         if any(name.lower() == "accept" and "image/png" in str(value) for name, value in headers.items()):
             return png

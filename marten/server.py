@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 from marten.drain import drain
 from marten.errors import ServerError
 from marten.files import ROOT, write_text
+from marten.fitting import available_cores
 from marten.java import Java, find_java
 from marten.readiness import Address, ModelStatus, ask_model, check_models, is_loaded, set_workers, worker_pids
 from marten.runtime import Running, clear, find_process, find_running, locked, runtime_folder
@@ -83,19 +84,21 @@ def command(settings: Settings, folder: Path) -> list[str]:
     ]
 
 
-def environment(java: Java, folder: Path, threads: int = 1) -> dict[str, str]:
+def environment(java: Java, folder: Path, threads: int = 1, cores: int = 1) -> dict[str, str]:
     """What TorchServe sees: this interpreter first on the PATH, nothing that shadows an archive's files.
 
     Args:
         java: that runs it.
         folder: the server's private one.
         threads: of each worker, where OMP_NUM_THREADS does not say otherwise already.
+        cores: of all workers together, where MARTEN_CORES does not say otherwise already.
     """
     kept = {key: value for key, value in os.environ.items() if key not in _UNWANTED}
     temp, logs = str(folder / "temp"), str(folder / "logs")
     places = {"TEMP": temp, "TMPDIR": temp, "TMP": temp, "LOG_LOCATION": logs, "METRICS_LOCATION": logs}
     path = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)])
-    return {"OMP_NUM_THREADS": str(threads), **kept, **places, "PATH": path, **java.environment()}
+    fitted = {"OMP_NUM_THREADS": str(threads), "MARTEN_CORES": str(cores)}
+    return {**fitted, **kept, **places, "PATH": path, **java.environment()}
 
 
 def _launch(settings: Settings, java: Java, folder: Path) -> int:
@@ -107,7 +110,7 @@ def _launch(settings: Settings, java: Java, folder: Path) -> int:
         starter = subprocess.Popen(
             command(settings, folder),
             cwd=folder,
-            env=environment(java, folder, settings.threads),
+            env=environment(java, folder, settings.threads, available_cores()),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -77,6 +77,46 @@ def test_the_chosen_engine_is_told_in_one_line(loaded: Any) -> None:
     assert choose_engine(network, spec, settings(engine="torch"), CPU, 1)[1].startswith("engine torch fp32")
 
 
+def test_a_batch_takes_all_cores_while_nobody_else_needs_them(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, spec = loaded("cat_dog_conv_net")
+    ran: list[int] = []
+
+    def build(network: Any, size_px: Any, precision: str, threads: int) -> engines.Engine:
+        return lambda images_NCHW: (ran.append(threads), network(images_NCHW))[1]
+
+    monkeypatch.setattr(engines, "_BUILDERS", {"openvino": build})
+    engine, told = choose_engine(network, spec, settings(), CPU, 2, 12)
+    assert told.endswith("of eager fp32, 8 while nobody else runs")
+    assert ran == [2, 8]
+    for elsewhere, wanted in ((0, 8), (4, 8), (5, 2), (None, 2)):
+        monkeypatch.setattr(engines, "running_elsewhere", lambda elsewhere=elsewhere: elsewhere)
+        engine(torch.zeros(1, 3, 224, 224))
+        assert ran[-1] == wanted, elsewhere
+    assert "nobody" not in choose_engine(network, spec, settings(), CPU, 2, 2)[1]
+    assert "nobody" not in choose_engine(network, spec, settings(), CPU, 2)[1]
+
+    def build_once(network: Any, size_px: Any, precision: str, threads: int) -> engines.Engine:
+        if threads > 2:
+            raise MemoryError("not twice")
+        return build(network, size_px, precision, threads)
+
+    monkeypatch.setattr(engines, "_BUILDERS", {"openvino": build_once})
+    engine, told = choose_engine(network, spec, settings(), CPU, 2, 4)
+    assert told.endswith("of eager fp32; 4 threads: MemoryError: not twice")
+    engine(torch.zeros(1, 3, 224, 224))
+    assert ran[-1] == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("0.1 0.2 0.3 3/456 789", 2), ("9 9 9 1/2 3", 0), ("0 0 0 0/0 0", None), ("", None), ("a", None)],
+)
+def test_who_else_runs_is_asked_of_the_kernel(text: str, found: int | None, tmp_path: Path) -> None:
+    (tmp_path / "loadavg").write_text(text)
+    assert engines.running_elsewhere(tmp_path / "loadavg") == found
+    assert engines.running_elsewhere(tmp_path / "nowhere") is None
+
+
 def test_without_openvino_torch_answers(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     network, spec = loaded("cat_dog_conv_net")

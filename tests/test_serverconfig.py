@@ -127,7 +127,8 @@ def test_auto_workers_stand_behind_the_config_and_threads_in_the_environment(
     assert "default_workers" not in read_settings([], tmp_path).config.partition("from the command line")[2]
     java = Java(Path("/usr/bin/java"), "17", "PATH")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert environment(java, tmp_path, 3)["OMP_NUM_THREADS"] == "3"
+    assert environment(java, tmp_path, 3, 4)["OMP_NUM_THREADS"] == "3"
+    assert environment(java, tmp_path, 3, 4)["MARTEN_CORES"] == "4"
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert environment(java, tmp_path, 3)["OMP_NUM_THREADS"] == "5"
 
