@@ -98,9 +98,7 @@ class MartenClassifier(ImageClassifier):  # type: ignore[misc]
         self.engine, told = engines.choose_engine(self.model, self.spec, self.settings, self.device, threads, cores)
         logger.info(told)
         if told.startswith("engine openvino"):
-            torch.set_num_threads(
-                1
-            )  # else torch's threads, done with normalising, spin where OpenVINO's should compute
+            torch.set_num_threads(1)  # after normalising, torch's threads would spin where OpenVINO's compute
         self._warm_up()
         telemetry.tell_expected(context, self.card.data.get("train"), self.spec.version, self.card.weights_sha256)
         self.initialized = True
