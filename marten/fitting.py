@@ -32,6 +32,14 @@ def fit_threads(workers: int, cores: int) -> int:
     return max(1, cores // max(1, workers))
 
 
+def fit_shared_cores(models: int, cores: int) -> int:
+    """Cores that a batch may take while nobody else needs them; one where there are more models than cores.
+
+    For this each worker holds its network twice, and with many models memory is scarcer than cores are idle.
+    """
+    return cores if models <= cores else 1
+
+
 def available_cores() -> int:
     """Cores this process may use: the scheduler's or container's share, where that is less than the machine's."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

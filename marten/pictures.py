@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import os
 import re
 import threading
 import zipfile
@@ -116,11 +118,13 @@ def opened(sources: Sources) -> Iterator[Callable[[_Member], bytes]]:
     """A function that reads one member; threads may share it. A zip is opened once per thread."""
     local = threading.local()
     archives: list[zipfile.ZipFile] = []
+    is_folder = functools.cache(Path.is_dir)
 
     def read(member: _Member) -> bytes:
         place, name = member
-        if place.is_dir():
-            return (place / name).read_bytes()
+        if is_folder(place):
+            with open(os.path.join(place, name), "rb", buffering=0) as file:
+                return file.read()
         mine = local.__dict__.setdefault("archives", {})
         if place not in mine:
             mine[place] = zipfile.ZipFile(place)

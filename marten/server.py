@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 from marten.drain import drain
 from marten.errors import ServerError
 from marten.files import ROOT, write_text
-from marten.fitting import available_cores
+from marten.fitting import available_cores, fit_shared_cores
 from marten.java import Java, find_java
 from marten.readiness import Address, ModelStatus, ask_model, check_models, is_loaded, set_workers, worker_pids
 from marten.runtime import Running, clear, find_process, find_running, locked, runtime_folder
@@ -105,12 +105,13 @@ def _launch(settings: Settings, java: Java, folder: Path) -> int:
     """Run `torchserve --start`, which leaves Java running and its process id in a file; returns that id."""
     for name in ("temp", "logs"):
         (folder / name).mkdir()
+    cores = fit_shared_cores(len(settings.models), available_cores())
     write_text(folder / "config.properties", settings.config)
     with open(folder / "logs" / "server.log", "wb") as log:
         starter = subprocess.Popen(
             command(settings, folder),
             cwd=folder,
-            env=environment(java, folder, settings.threads, available_cores()),
+            env=environment(java, folder, settings.threads, cores),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -11,7 +11,7 @@ import pytest
 
 from marten import serverconfig
 from marten.errors import ServerError, UsageError
-from marten.fitting import fit_threads, fit_workers
+from marten.fitting import fit_shared_cores, fit_threads, fit_workers
 from marten.java import Java
 from marten.runtime import Running, find_running, locked, runtime_folder
 from marten.server import command, environment
@@ -131,6 +131,10 @@ def test_auto_workers_stand_behind_the_config_and_threads_in_the_environment(
     assert environment(java, tmp_path, 3, 4)["MARTEN_CORES"] == "4"
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert environment(java, tmp_path, 3)["OMP_NUM_THREADS"] == "5"
+
+
+def test_more_models_than_cores_share_no_core() -> None:
+    assert [fit_shared_cores(models, 2) for models in (1, 2, 3)] == [2, 2, 1]
 
 
 def test_the_laptop_s_config_opens_nothing() -> None:
