@@ -96,11 +96,11 @@ def inference_table(found: Mapping[str, Any]) -> list[str]:
 
 
 def inference_rows(found: Mapping[str, Any]) -> list[Row]:
-    """The figures to reach."""
+    """The figures to reach, by `--precision auto`, as those of serving are; the table tells fp32 beside it."""
     rounds, times, network = found["rounds"], found["cpu_ms"], found["network"]
     return [
         Row(f"{network}: images/s of scripts/infer ÷ in process", median(_ratios(rounds, FAST, LIMIT)), 0.9, True),
-        Row(f"{network}: images/s of scripts/infer × original", median(_ratios(rounds, EXACT, ORIGINAL)), 3.0, True),
+        Row(f"{network}: images/s of scripts/infer × original", median(_ratios(rounds, FAST, ORIGINAL)), 3.0, True),
         Row(f"{network}: processor time in process ÷ scripts/infer", median(_ratios(times, LIMIT, FAST)), 0.9, True),
     ]
 
