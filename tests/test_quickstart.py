@@ -128,7 +128,7 @@ def project(tmp_path: Path, tiny_model: Callable[..., Path]) -> Path:
     from marten.archive import plan_archive, write_archive
 
     copy = tmp_path / "project"
-    unwanted = shutil.ignore_patterns(".*", "tests", "docs", "*.pth", "*.mar", "__pycache__")
+    unwanted = shutil.ignore_patterns(".*", "tests", "docs", "*.pth", "*.mar", "*.cdx.json", "__pycache__")
     shutil.copytree(ROOT, copy, ignore=unwanted)
     write_archive(plan_archive(tiny_model(name="dogs_vs_cats"), export_path=copy / "deployment" / "model-store"))
     venv.create(copy / ".venv", symlinks=True)
