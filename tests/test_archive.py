@@ -419,7 +419,7 @@ def test_an_archive_answers_the_same_under_the_official_images_python(
     archive = planned(tiny_model(conv_net), tmp_path)
     write_archive(archive)
     folder = unpack(archive.mar)
-    assert check_answers(folder, archive.card.spec, archive.weights, python) <= 1e-6
+    assert check_answers(folder, archive.card.spec, archive.weights, python) <= 3e-5
     if conv_net == "cat_dog_conv_net":
         older = ("avif", "tiff_ycbcr")  # not in every Pillow; refused by Pillow 11
         pictures = [data for name, data in odd_pictures(3).items() if not name.startswith(older)]
