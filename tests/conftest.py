@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # as engines.import_openvino has it
 
 
 def pytest_configure(config: pytest.Config) -> None:
