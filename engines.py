@@ -167,23 +167,14 @@ def _folded(network: torch.nn.Module) -> torch.nn.Module:
 
 def build_openvino(network: torch.nn.Module, size_px: Tuple[int, int], precision: str, threads: int) -> Engine:
     """Convert the network for OpenVINO's CPU plugin, for batches of any size."""
-    openvino = import_openvino()
-    height, width = size_px
-    black_NHWC = torch.zeros(1, height, width, 3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tracing is deprecated in favour of torch.export, which takes twice as long
-        # choose_engine checks the answers; the trace's own check would import 500 modules, 1 s and 60 MB
-        trace: Callable[..., Any] = torch.jit.trace
-        traced = trace(_FromNHWC(network), black_NHWC, check_trace=False)
-        shape = openvino.PartialShape([-1, height, width, 3])
-        model = openvino.convert_model(traced, example_input=black_NHWC, input=[shape])
+    model = convert(_FromNHWC(network), torch.zeros(1, *size_px, 3))
     options = {
         "INFERENCE_PRECISION_HINT": _OPENVINO_TYPES[precision],
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
         "ENABLE_CPU_PINNING": False,  # each process would pin itself to the first cores: two workers to the same one
     }
-    request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
+    request = import_openvino().Core().compile_model(model, "CPU", options).create_infer_request()
 
     def run(images_NCHW: torch.Tensor) -> torch.Tensor:
         images_NHWC = images_NCHW.permute(0, 2, 3, 1).contiguous().numpy()  # no copy: they are channels_last
@@ -191,6 +182,23 @@ def build_openvino(network: torch.nn.Module, size_px: Tuple[int, int], precision
         return outputs
 
     return run
+
+
+def convert(network: torch.nn.Module, black_NHWC: torch.Tensor) -> Any:
+    """OpenVINO's model, for batches of any size, of a network that takes its images as they lie in memory.
+
+    Args:
+        network: in eval mode; who converts it checks its answers.
+        black_NHWC: one image.
+    """
+    openvino = import_openvino()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # tracing is deprecated in favour of torch.export, which takes twice as long
+        # the trace's own check would import 500 modules, 1 s and 60 MB
+        trace: Callable[..., Any] = torch.jit.trace
+        traced = trace(network, black_NHWC, check_trace=False)
+        shape = openvino.PartialShape([-1, *black_NHWC.shape[1:]])
+        return openvino.convert_model(traced, example_input=black_NHWC, input=[shape])
 
 
 def _in_turns(narrow: Engine, wide: Engine, most_elsewhere: int) -> Engine:
@@ -304,6 +312,7 @@ def import_openvino() -> Any:
 
     Each is sent by a process that a thread forks, and which may wait for a lock for ever, as then does who forked it.
     """
+    # None, which no type foresees there, is how Python is told that a module cannot be imported
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino  # type: ignore[import-not-found, unused-ignore]
 

@@ -7,14 +7,13 @@ from memory as before, so that all in all a quarter is gained. OpenVINO joins th
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from engines import import_openvino
+from engines import convert, import_openvino
 from marten.cells.networks import Profiler, layer_output
 
 Features = Callable[[torch.Tensor], torch.Tensor]
@@ -62,17 +61,10 @@ def drawn_crops(channels: int, size_px: int) -> torch.Tensor:
 
 
 def _convert(profiler: Profiler, channels: int, size_px: int, threads: int) -> Features:
-    openvino = import_openvino()
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # tracing is deprecated in favour of torch.export, which takes twice as long
-        black_NHWC = torch.zeros(1, size_px, size_px, channels)
-        trace: Callable[..., Any] = torch.jit.trace
-        traced = trace(_Layer(profiler), black_NHWC, check_trace=False)  # its own check imports for a second
-        shape = openvino.PartialShape([-1, size_px, size_px, channels])
-        model = openvino.convert_model(traced, example_input=black_NHWC, input=[shape])
+    model = convert(_Layer(profiler), torch.zeros(1, size_px, size_px, channels))
     options = {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": threads}
     options |= {"ENABLE_CPU_PINNING": False}  # parts of one profile run side by side, each pinned to the first cores
-    compiled = openvino.Core().compile_model(model, "CPU", options)
+    compiled = import_openvino().Core().compile_model(model, "CPU", options)
     mine = threading.local()
 
     def features(crops_NCHW: torch.Tensor) -> torch.Tensor:
