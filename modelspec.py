@@ -39,6 +39,8 @@ _INTERPOLATIONS = {"bilinear": _BILINEAR, "bicubic": _BICUBIC}
 # Pillow warns at MAX_IMAGE_PIXELS and refuses at twice that; our own check gives the answer, before any decoding.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# It also grumbles about broken EXIF blocks of pictures that it decodes all the same, and Python keeps each such text.
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 
 
 class MartenError(Exception):

@@ -12,7 +12,6 @@ import signal
 import sys
 import tomllib
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -96,8 +95,6 @@ def run(main: Callable[[argparse.Namespace], int | None], parser: Parser) -> NoR
     0 done, 85 checkpointed, 1 failed, 2 misused; one line on stderr for a MartenError, a traceback only with --debug.
     """
     args = parser.parse_args()
-    # Pillow grumbles, with paths of this machine, about a broken EXIF block of pictures that it decodes all the same
-    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
     try:
         code = main(args) or 0
         sys.stdout.flush()

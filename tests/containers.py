@@ -45,10 +45,10 @@ def require_engine() -> None:
         pytest.skip(f"{script}: {(done.stdout + done.stderr).strip().splitlines()[-1:]}")
 
 
-def build_image(dockerfile: str, *words: str) -> str:
+def build_image(kind: str, dockerfile: str, *words: str) -> str:
     """Build one of our Dockerfiles as it stands, but for the packages, and give the image's name."""
-    name = f"localhost/marten-test-{dockerfile.partition('.')[0]}"
-    file = str(ROOT / "deployment" / "docker" / dockerfile)
+    name = f"localhost/marten-test-{kind}"
+    file = str(ROOT / "deployment" / dockerfile)
     arguments = [f"--build-arg=BASE_IMAGE={BASE}", "--build-arg=PACKAGES=pip"]
     done = podman("build", "--format", "docker", *arguments, *words, "-f", file, "-t", name, str(ROOT), timeout_s=600)
     assert done.returncode == 0, done.stderr
@@ -108,7 +108,7 @@ class Container(Asked):
 @pytest.fixture(scope="session")
 def serve_image() -> str:
     require_engine()
-    return build_image("serve.Dockerfile", "--target", "server")
+    return build_image("serve", "docker/serve.Dockerfile", "--target", "server")
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from tests.test_rollout import telling
 from tests.test_store import build_version
 
 DOCKER = ROOT / "deployment" / "docker"
-DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
+DOCKERFILES = sorted([*DOCKER.glob("*.Dockerfile"), ROOT / "deployment" / "proxy" / "Dockerfile"])
 HADOLINT = shutil.which("hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
 COMPOSE = ROOT / "deployment" / "compose.yaml"
 
@@ -147,7 +147,7 @@ def test_a_version_takes_over_inside(serve_image: str, container: Container, tmp
 @pytest.mark.container
 def test_the_training_image_trains_as_any_user(tmp_path: Path) -> None:
     require_engine()
-    image = build_image("train.Dockerfile", "--build-arg=COMMIT=abc123")
+    image = build_image("train", "docker/train.Dockerfile", "--build-arg=COMMIT=abc123")
     draw_set(tmp_path / "data")
     tmp_path.chmod(0o777)
     flags = "--conv_net cat_dog_conv_net --epochs 1 --batch_size 8 --num_workers 0 --device cpu --precision fp32"

@@ -61,14 +61,21 @@ class Crowd:
         model: whom.
         bodies: pictures, in turn.
         clients: how many.
-        pause_s: of each client after an answer that is no 200; a 200 is followed at once by the next question.
+        pause_s: of each client after an answer that is no 200.
+        rest_s: of each client after a 200.
     """
 
     def __init__(
-        self, entrance: Entrance, model: str, bodies: Sequence[bytes], clients: int, pause_s: float = 0.0
+        self,
+        entrance: Entrance,
+        model: str,
+        bodies: Sequence[bytes],
+        clients: int,
+        pause_s: float = 0.0,
+        rest_s: float = 0.0,
     ) -> None:
         self.asked: list[Asked] = []
-        self._pause_s = pause_s
+        self._pause_s, self._rest_s = pause_s, rest_s
         self._entrance, self._path, self._bodies = entrance, f"/predictions/{model}", bodies
         self._context = entrance.context()
         self._ended = threading.Event()
@@ -102,8 +109,7 @@ class Crowd:
                 told = repr(error)
                 connection.close()
             self.asked.append(Asked(at, time.perf_counter() - begun, status, told, later))
-            if status != 200 and self._pause_s:
-                self._ended.wait(self._pause_s)
+            self._ended.wait(self._rest_s if status == 200 else self._pause_s)
             turn += len(self._threads) + 1
         connection.close()
 

@@ -73,7 +73,7 @@ def _slopes(stack: Stack) -> dict[str, float]:
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in watched}
     begun = time.monotonic()
     pause_s = max(0.25, min(5.0, stack.lengths.seconds / 100))
-    with stack.crowd(2) as crowd:
+    with stack.crowd(2, rest_s=stack.lengths.rest_s) as crowd:
         while time.monotonic() < begun + stack.lengths.seconds:
             for name, process in watched.items():
                 samples[name].append((time.monotonic() - begun, process.memory_info().rss))

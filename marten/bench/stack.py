@@ -39,6 +39,7 @@ class Lengths:
         count: replicas ended by SIGTERM, and rolling updates.
         half_open: connections that never finish what they began.
         times: the overload, in multiples of the clients that a replica can take at once.
+        rest_s: of each client of the soak after an answer, so that an hour of it leaves the machine to others.
     """
 
     seconds: float = 30.0
@@ -46,6 +47,7 @@ class Lengths:
     count: int = 2
     half_open: int = 500
     times: int = 10
+    rest_s: float = 0.0
 
 
 @dataclass
@@ -65,9 +67,9 @@ class Stack:
         """The one that it serves."""
         return self.fleet.models[0]
 
-    def crowd(self, clients: int = CLIENTS, pause_s: float = 0.0) -> Crowd:
+    def crowd(self, clients: int = CLIENTS, pause_s: float = 0.0, rest_s: float = 0.0) -> Crowd:
         """Clients that begin to ask where `with` begins."""
-        return Crowd(self.entrance, self.model, self.bodies, clients, pause_s)
+        return Crowd(self.entrance, self.model, self.bodies, clients, pause_s, rest_s)
 
     def workers(self) -> dict[int, Running]:
         """Every worker's process id, with the replica that it belongs to."""
