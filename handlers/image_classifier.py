@@ -1,4 +1,4 @@
-"""The TorchServe handler: one class on ts's ImageClassifier, thin over modelspec, engines, explain and telemetry.
+"""The TorchServe handler: one class on ts's ImageClassifier, thin over what travels with it.
 
 A batch goes through four steps, and only the third needs all its pictures at once:
 
@@ -8,16 +8,14 @@ Every row has its own fate. A row that cannot be answered gets its own status an
 (`{"code", "type", "message", "request_id"}`); its neighbours keep their answers.
 
 TorchServe builds the one class of this file, whatever its name, so a second class of any kind must not stand here.
-It runs on Python 3.9 with torch 2.4 as well; of ours it imports what travels along, modelspec, engines, explain and
-telemetry.
+It runs on Python 3.9 with torch 2.4 as well; of ours it imports what travels along: modelspec, protocols, engines,
+explain and telemetry.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import dataclasses
-import functools
 import importlib
 import json
 import logging
@@ -25,15 +23,17 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, List, Mapping, Union
 
 import torch
 
 import engines
 import explain
 import modelspec
+import protocols
 import telemetry
-from modelspec import CardError, ModelCard, ModelSpec, PictureError
+from modelspec import CardError, ModelCard, PictureError
+from protocols import Told, Wrap, encoded_pictures
 
 # ts's own explanations and transforms, and a backend of torch.compile: nothing of them is called here.
 sys.modules.setdefault("openvino.torch", None)  # type: ignore[arg-type]
@@ -43,12 +43,6 @@ with engines.unloaded("captum", "captum.attr", "torchvision"):
     from ts.utils.util import list_classes_from_module
 
 logger = logging.getLogger(__name__)
-
-FIELDS = ("body", "data", "file", "image")
-"""Names under which a request may carry its picture: TorchServe calls a raw body "body", forms choose freely."""
-
-MAX_INSTANCES = 16
-"""Pictures that one KServe request may hold; TorchServe's largest body bounds them too."""
 
 SETTINGS = {"precision": "fp32", "engine": "auto", "threads": "auto", "explanations": 2, "log_requests": True}
 """What model-config.yaml may say under `handler:`, with its defaults."""
@@ -68,9 +62,6 @@ Reply = Union[Dict[str, Any], bytes]
 Outcome = Union[torch.Tensor, List[torch.Tensor], Reply, PictureError]
 """What became of one row so far: its pixels (of each of its instances), its answer, or the reason why there is none."""
 
-Wrap = Callable[[List[Outcome]], Outcome]
-"""Puts the answers of one row's pictures together."""
-
 
 class MartenClassifier(ImageClassifier):  # type: ignore[misc]
     """Answers pictures exactly as the model card beside the weights says."""
@@ -84,7 +75,9 @@ class MartenClassifier(ImageClassifier):  # type: ignore[misc]
             CardError: the code is not this archive's own, or card, labels, weights and settings do not belong together.
         """
         folder = Path(context.system_properties["model_dir"])
-        check_own(folder, __file__, modelspec.__file__, engines.__file__, explain.__file__, telemetry.__file__)
+        check_own(
+            folder, __file__, *(module.__file__ for module in (modelspec, protocols, engines, explain, telemetry))
+        )
         self.settings = read_settings(context.model_yaml_config)
         self.card = find_card(folder, context.manifest["model"]["serializedFile"])
         self.spec = self.card.spec
@@ -182,7 +175,7 @@ class MartenClassifier(ImageClassifier):  # type: ignore[misc]
         finally:
             self.records[i].decode_s = time.perf_counter() - started
 
-    def _answer(self, pixels: List[torch.Tensor]) -> List[Outcome]:
+    def _answer(self, pixels: List[torch.Tensor]) -> List[Told]:
         """Answers for decoded rows; when the batch fails, each row is tried alone, so that one cannot fail all."""
         if not pixels:
             return []
@@ -261,6 +254,13 @@ class MartenClassifier(ImageClassifier):  # type: ignore[misc]
         }
 
 
+def pixels_of(outcome: Outcome) -> List[torch.Tensor]:
+    """The decoded pictures of a row, none where its fate is sealed already."""
+    if isinstance(outcome, torch.Tensor):
+        return [outcome]
+    return outcome if isinstance(outcome, list) else []
+
+
 # ------------------------------------------------------------------------------------------------- what is loaded
 
 
@@ -317,140 +317,3 @@ def read_settings(config: Any) -> Dict[str, Any]:
     if type(settings["log_requests"]) is not bool:
         raise CardError("model-config.yaml, handler: log_requests must be true or false")
     return settings
-
-
-# ---------------------------------------------------------------------------------- from a request to a picture
-
-
-def encoded_pictures(row: Mapping[str, Any], spec: ModelSpec) -> Tuple[List[bytes], Optional[Wrap]]:
-    """The pictures of a request, and how their answers are put together where it spoke one of KServe's protocols.
-
-    v1 is {"instances": [{"b64": "..."}]}; v2, the Open Inference Protocol, {"inputs": [{"datatype": "BYTES", "data":
-    ["..."]}]}. Both may hold several pictures, in base64.
-
-    Raises:
-        PictureError: as `encoded_picture`; or no picture, or more than MAX_INSTANCES.
-    """
-    value = row.get("body")
-    if isinstance(value, (bytes, bytearray)) and value.lstrip()[:1] == b"{":
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise PictureError(400, "the body is broken JSON") from error
-        row = {**row, "body": value}
-    if isinstance(value, dict) and "instances" in value:
-        return [_from_json(instance) for instance in _bounded(value["instances"])], together
-    if isinstance(value, dict) and "inputs" in value:
-        inputs = value["inputs"]
-        if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
-            raise PictureError(400, "send one input, of pictures")
-        if inputs[0].get("datatype") != "BYTES":
-            raise PictureError(400, "send pictures as base64 in an input of the datatype BYTES")
-        pictures = [_from_json(text) for text in _bounded(inputs[0].get("data"))]
-        return pictures, functools.partial(as_outputs, spec, value.get("id"))
-    return [encoded_picture(row)], None
-
-
-def _bounded(listed: Any) -> List[Any]:
-    if not isinstance(listed, list) or not 1 <= len(listed) <= MAX_INSTANCES:
-        raise PictureError(400, "send 1 to {} instances per request".format(MAX_INSTANCES))
-    return listed
-
-
-def pixels_of(outcome: Outcome) -> List[torch.Tensor]:
-    """The decoded pictures of a row, none where its fate is sealed already."""
-    if isinstance(outcome, torch.Tensor):
-        return [outcome]
-    return outcome if isinstance(outcome, list) else []
-
-
-def together(told: List[Outcome]) -> Outcome:
-    """The answers of one row's instances as KServe v1 wants them, or the first of them that is none."""
-    failed = [outcome for outcome in told if isinstance(outcome, PictureError)]
-    return failed[0] if failed else {"predictions": told}
-
-
-def as_outputs(spec: ModelSpec, request_id: Any, told: List[Outcome]) -> Outcome:
-    """The answers of one row's pictures as the Open Inference Protocol's tensors, or the first of them that is none.
-
-    A classifier's are `label` and `probability`, of shape [pictures] or, with a topk over 1, [pictures, topk].
-    """
-    answers = [outcome for outcome in told if isinstance(outcome, dict)]
-    if len(answers) < len(told):
-        return together(told)
-    if spec.task == "classification":
-        shape = [len(answers)] + ([len(answers[0])] if len(answers[0]) > 1 else [])
-        columns = [
-            ("label", "BYTES", shape, [label for answer in answers for label in answer]),
-            ("probability", "FP32", shape, [share for answer in answers for share in answer.values()]),
-        ]
-    elif spec.task == "regression":
-        columns = [("score", "FP32", [len(answers)], [answer["score"] for answer in answers])]
-    else:
-        rows = [answer["embedding"] for answer in answers]
-        columns = [("embedding", "FP32", [len(rows), len(rows[0])], [value for row in rows for value in row])]
-    outputs = [dict(zip(("name", "datatype", "shape", "data"), column)) for column in columns]
-    told_id = {"id": request_id} if isinstance(request_id, str) else {}
-    return {"model_name": spec.name, "model_version": spec.version, **told_id, "outputs": outputs}
-
-
-def encoded_picture(row: Mapping[str, Any]) -> bytes:
-    """Find the one picture of a request: a raw body, a form field, base64 text, or JSON around base64.
-
-    Raises:
-        PictureError: 400, no picture, several, or text that is neither JSON nor base64.
-    """
-    given = [row[name] for name in FIELDS if row.get(name) is not None]
-    if len(given) != 1:
-        raise PictureError(400, "send one picture: as the body, or as one form field called data, file or image")
-    value = given[0]
-    if isinstance(value, (dict, list)):
-        return _from_json(value)
-    data = value.encode("utf-8", "replace") if isinstance(value, str) else value
-    if not isinstance(data, (bytes, bytearray)):
-        raise PictureError(400, "the body is JSON, but holds no picture")
-    if not data or modelspec.sniff_format(data):
-        return bytes(data)
-    text = data.lstrip()[:1]
-    if text in (b"{", b"[", b'"'):
-        try:
-            return _from_json(json.loads(data))
-        except (ValueError, RecursionError) as error:
-            raise PictureError(400, "the body is broken JSON") from error
-    return _from_text(data) if _is_base64_picture(data) else bytes(data)
-
-
-def _from_json(value: Any) -> bytes:
-    """Take base64 out of "..." or {"data": "..."} with any name of FIELDS or b64."""
-    if isinstance(value, dict):
-        given = [value[name] for name in (*FIELDS, "b64", "image_bytes") if name in value]
-        value = given[0] if len(given) == 1 else None
-    if isinstance(value, dict) and set(value) == {"b64"}:
-        value = value["b64"]
-    if not isinstance(value, str):
-        raise PictureError(400, 'the JSON holds no picture: send {"data": "<base64>"}')
-    return _from_text(value.encode("utf-8", "replace"))
-
-
-def _is_base64_picture(data: Union[bytes, bytearray]) -> bool:
-    """Whether text starts as a picture in base64 does; other text is no picture at all (415)."""
-    head = _bare(bytes(data[:200]))[:24]
-    try:
-        return modelspec.sniff_format(base64.b64decode(head + b"=" * (-len(head) % 4))) is not None
-    except binascii.Error:
-        return False
-
-
-def _from_text(text: Union[bytes, bytearray]) -> bytes:
-    bare = _bare(bytes(text))
-    try:
-        return base64.b64decode(bare + b"=" * (-len(bare) % 4), validate=True)
-    except binascii.Error as error:
-        raise PictureError(400, "the picture's base64 is broken") from error
-
-
-def _bare(text: bytes) -> bytes:
-    """Base64 without a data: prefix, line breaks or the letters of its variant for addresses."""
-    if text.lstrip()[:5] == b"data:":
-        text = text.partition(b",")[2]
-    return b"".join(text.split()).translate(bytes.maketrans(b"-_", b"+/"))

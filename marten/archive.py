@@ -1,8 +1,8 @@
 """From a trained model to the .mar that TorchServe loads: what goes in, the command that would do it, the file.
 
 An archive holds, flat: <arch>.py, model_<x>.pth and its card model_<x>.json, image_classifier.py, modelspec.py,
-engines.py, explain.py, telemetry.py, index_to_name.json, model-config.yaml and MAR-INF/MANIFEST.json. The same model
-gives the same bytes at every build.
+protocols.py, engines.py, explain.py, telemetry.py, index_to_name.json, model-config.yaml and MAR-INF/MANIFEST.json. The
+same model gives the same bytes at every build.
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ from modelspec import ModelCard, check_labels, sha256_file
 
 HANDLER = ROOT / "handlers" / "image_classifier.py"
 CONTRACT = ROOT / "modelspec.py"
-ENGINES = ROOT / "engines.py"
-EXPLAIN = ROOT / "explain.py"
-TELEMETRY = ROOT / "telemetry.py"
+TRAVELLING = [ROOT / name for name in ("protocols.py", "engines.py", "explain.py", "telemetry.py")]
 MODEL_CONFIG = ROOT / "deployment" / "model-config.yaml"
 PARTS = ROOT / "deployment" / "parts"
 """Where an index_to_name.json is written for a model whose labels are not those of models/index_to_name.json."""
@@ -71,7 +69,7 @@ class Archive:
     def extra_files(self) -> list[Path]:
         """What is needed beside the network, its weights, the handler and the configuration."""
         members = member_files(self.card.spec.arch_args)
-        return [CONTRACT, ENGINES, EXPLAIN, TELEMETRY, *members, self.weights.with_suffix(".json"), self.labels]
+        return [CONTRACT, *TRAVELLING, *members, self.weights.with_suffix(".json"), self.labels]
 
     def command(self, export_path: Path | None = None) -> list[str]:
         """The torch-model-archiver command with the same contents, as words, paths as seen from here."""
@@ -157,7 +155,7 @@ def plan_archive(
     )
     check_sources(
         [archive.network, HANDLER, *member_files(card.spec.arch_args)],
-        [CONTRACT, ENGINES, EXPLAIN, TELEMETRY],
+        [CONTRACT, *TRAVELLING],
         [archive.weights, archive.config, *archive.extra_files],
     )
     check_config(archive.config)

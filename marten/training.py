@@ -20,6 +20,7 @@ import torch
 from marten.alone import alone
 from marten.architectures import find_architecture
 from marten.batches import Batch, Batches, Pictures
+from marten.best import Best
 from marten.checkpoint import load_checkpoint, save_checkpoint
 from marten.devices import Runtime, choose_runtime
 from marten.distributed import ALONE, World, exit_code, find_world, joined
@@ -28,7 +29,7 @@ from marten.files import write_text
 from marten.interrupt import REASONS, Interrupt
 from marten.learner import Learner
 from marten.material import find_material
-from marten.metrics import Running, share_with_interval, wilson_interval
+from marten.metrics import Running, wilson_interval
 from marten.objectives import MEASURES
 from marten.progress import Bar, console, say
 from marten.provenance import provenance
@@ -36,8 +37,6 @@ from marten.runlog import Pace, epoch_line, write_metrics, write_rates
 from marten.settings import Settings
 from marten.tracking import Tracked, Trackers
 from marten.weighing import weigh
-from marten.weights import save_model
-from modelspec import ModelCard
 
 History = list[dict[str, Any]]
 
@@ -121,7 +120,7 @@ class Run:
         self.rates: list[tuple[float, float]] = []
         self._tracked = Tracked(settings.run_folder, settings.weights_path.stem, settings.shaping())
         self._trackers = Trackers((), self._tracked, ())
-        self.best: dict[str, Any] = {"loss": math.inf, "epoch": -1, "state": None}
+        self.best = Best(settings, material, self.learner.origin, world.is_first)
         self._reason, self._is_due = "", False
         self._saved_at = time.monotonic()
         self._pace = Pace()
@@ -224,8 +223,7 @@ class Run:
             )
         self.history.append(measured)
         say(epoch_line(measured, self.settings.epochs, self._pace))
-        if judged <= self.best["loss"]:
-            self._keep_best(judged)
+        self.best.offer(self.learner.candidate, measured, judged)
         if self.world.is_first:
             title = f"{self.settings.conv_net}, {len(self.material.training)} pictures"
             write_metrics(self.settings.run_folder, self.history, self._pace, title)
@@ -236,41 +234,23 @@ class Run:
         self.running = Running(self.runtime.device)
         return True
 
-    def _keep_best(self, loss: float) -> None:
-        kind, before = "Val" if self.material.validation else "Train", self.best["loss"]
-        say(f"{kind} loss decreased {before:.6f} --> {loss:.6f}. Saving model at {self.settings.weights_path}")
-        state = {name: t.detach().cpu().clone() for name, t in self.learner.candidate.state_dict().items()}
-        self.best = {"loss": loss, "epoch": self.epoch, "state": state}
-        self._save_best(self.history[-1])
-
-    def _save_best(self, measured: dict[str, Any]) -> None:
-        if not self.world.is_first:
-            return
-        metrics: dict[str, Any] = {}
-        if self.material.validation:
-            value, count = measured[f"validation_{self._measure}"], measured["validation_count"]
-            is_share = self._measure == "accuracy"
-            told = share_with_interval(round(value * count), count) if is_share else {"value": value, "count": count}
-            metrics[f"validation_{self._measure}"] = told
-            metrics["validation_loss"] = {"value": measured["validation_loss"], "count": measured["validation_count"]}
-        save_model(self.settings.weights_path, self.best["state"], self._card(metrics))
-
     def _finish(self) -> None:
         """Judge the best weights once more as the server will run them, in fp32, and tell how it went."""
         if self.material.validation:
             network = self.learner.network
-            network.load_state_dict(self.best["state"])
+            assert self.best.weights is not None
+            network.load_state_dict(self.best.weights)
             exact = Runtime(self.runtime.device, "fp32")
             served = self.learner.judge(network, self.held_out.epoch(self.epoch), exact)
             assert served is not None  # nothing may stop it
-            chosen = self.history[self.best["epoch"]]
-            self._save_best(chosen | {"validation_loss": served.loss, f"validation_{self._measure}": served.accuracy})
+            chosen = self.history[self.best.epoch]
+            self.best.write(chosen | {"validation_loss": served.loss, f"validation_{self._measure}": served.accuracy})
             interval = ""
             if self._measure == "accuracy":
                 low, high = wilson_interval(round(served.accuracy * served.count), served.count)
                 interval = f" [{low:.4f}, {high:.4f}]"
             say(
-                f"Best epoch {self.best['epoch'] + 1}: validation {self._measure} {served.accuracy:.4f}{interval}"
+                f"Best epoch {self.best.epoch + 1}: validation {self._measure} {served.accuracy:.4f}{interval}"
                 f" on {served.count} pictures, loss {served.loss:.4f}"
             )
         for name in ("checkpoint.pt", "checkpoint.prev.pt") if self.world.is_first else ():
@@ -303,7 +283,7 @@ class Run:
             "history": self.history,
             "rates": torch.tensor(self.rates, dtype=torch.float64),
             "tracked": self._tracked.ids,
-            "best": self.best,
+            "best": self.best.state(),
         }
 
     def resume(self) -> None:
@@ -341,11 +321,12 @@ class Run:
                 f" in the same order, but sums are rounded otherwise{self._what_else_differs()}"
             )
         self.learner.load_state(state)
-        self.history, self.best = state["history"], state["best"]
+        self.history = state["history"]
+        self.best.load_state(state["best"])
         self.rates = [(head, backbone) for head, backbone in state["rates"].tolist()]
         self._tracked.ids.update(state["tracked"])
-        if self.best["state"] is not None:
-            self._save_best(self.history[self.best["epoch"]])
+        if self.best.weights is not None:
+            self.best.write(self.history[self.best.epoch])
         say(f"Resuming from {path}: epoch {self.epoch + 1}, batch {self.batch} of {len(self.batches)}")
 
     @property
@@ -402,7 +383,7 @@ class Run:
 
     def _gave_up(self) -> bool:
         patience = self.settings.early_stop
-        given_up = bool(patience) and self.epoch - 1 - self.best["epoch"] >= patience
+        given_up = bool(patience) and self.epoch - 1 - self.best.epoch >= patience
         if given_up:
             say(f"No better validation loss for {patience} epochs: stopping early.")
         return given_up
@@ -413,7 +394,7 @@ class Run:
             f"{self.settings.conv_net}: {count:,} parameters, weights from {self.learner.origin}, on {self.runtime};"
             f" training on {len(self.material.training)} pictures, validating on {len(self.material.validation)}"
         )
-        if self.best["state"] is None and self.settings.weights_path.exists():
+        if self.best.weights is None and self.settings.weights_path.exists():
             say(f"{self.settings.weights_path} is there already: the first epoch replaces it.")
         alone = self.material.alone
         if alone and self.settings.validation_split:
@@ -424,14 +405,3 @@ class Run:
             say(f"{self.world.size} processes, each with {each} pictures of every batch of {self.settings.batch_size}")
         if self.world.is_first:
             write_text(self.settings.run_folder / "split.csv", self.material.split_table)
-
-    def _card(self, metrics: dict[str, Any]) -> ModelCard:
-        settings = self.settings
-        return ModelCard(
-            spec=self.material.spec,
-            weights_sha256="",
-            data=self.material.told(),
-            training={**settings.shaping(), "started_from": self.learner.origin, "best_epoch": self.best["epoch"] + 1},
-            metrics=metrics,
-            provenance=provenance(),
-        )

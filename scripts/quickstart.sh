@@ -27,7 +27,7 @@ fi
 
 enter_environment requirements.txt
 
-SOURCES=(modelspec.py engines.py explain.py telemetry.py handlers models deployment/model-config.yaml marten/archive.py)
+SOURCES=(modelspec.py protocols.py engines.py explain.py telemetry.py handlers models deployment/model-config.yaml marten/archive.py)
 if [ ! -e "$MAR" ] || [ -n "$(find "${SOURCES[@]}" -type f -newer "$MAR" -not -name '*.pyc')" ]; then
   say "Building $MAR"
   python scripts/archive --default >/dev/null

@@ -38,6 +38,7 @@ FILES = [
     "model_cat_dog_conv_net.json",
     "model_cat_dog_conv_net.pth",
     "modelspec.py",
+    "protocols.py",
     "telemetry.py",
 ]
 
@@ -394,7 +395,16 @@ def test_misuse_and_failure_are_one_line_each(tiny_model: Callable[..., Path], t
 
 @pytest.mark.parametrize(
     "part",
-    ["modelspec.py", "engines.py", "explain.py", "telemetry.py", "handlers", "models", "marten/archive_probe.py"],
+    [
+        "modelspec.py",
+        "protocols.py",
+        "engines.py",
+        "explain.py",
+        "telemetry.py",
+        "handlers",
+        "models",
+        "marten/archive_probe.py",
+    ],
 )
 def test_what_travels_needs_no_python_newer_than_3_9(part: str) -> None:
     vermin = [sys.executable, "-c", "from vermin import main; main()", "-t=3.9-", "--violations", "--eval-annotations"]

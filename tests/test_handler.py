@@ -23,12 +23,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import engines
+import protocols
 from handlers import image_classifier
-from handlers.image_classifier import MartenClassifier, as_outputs, encoded_picture, read_settings
+from handlers.image_classifier import MartenClassifier, read_settings
 from marten import archive_probe
 from marten.answer_check import answer_distance, expected_outputs
 from marten.archive_probe import read_replies
 from modelspec import CardError, ModelCard, ModelSpec, PictureError, Preprocess
+from protocols import as_outputs, encoded_picture
 from tests.conftest import ROOT, save_untrained
 from tests.pictures import as_base64, bad_pictures, draw, encode, odd_pictures
 
@@ -377,14 +379,14 @@ def test_a_fault_of_our_own_while_decoding_is_a_500_of_one_row(
     serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = serve()
-    real = image_classifier.encoded_picture
+    real = protocols.encoded_picture
 
     def faulty(row: Mapping[str, Any]) -> bytes:
         if row["body"] == b"boom":
             raise KeyError("secret")
         return real(row)
 
-    monkeypatch.setattr(image_classifier, "encoded_picture", faulty)
+    monkeypatch.setattr(protocols, "encoded_picture", faulty)
     replies = server.ask(b"boom", JPEG)
     assert [reply["code"] for reply in replies] == [500, 200]
     assert "secret" not in json.dumps(replies)
@@ -545,13 +547,22 @@ def test_settings_have_defaults(config: Any) -> None:
     assert read_settings(config) == image_classifier.SETTINGS
 
 
-@pytest.mark.parametrize("shadow", ["modelspec.py", "engines.py", "explain.py", "telemetry.py", "cat_dog_conv_net.py"])
+@pytest.mark.parametrize(
+    "shadow", ["modelspec.py", "protocols.py", "engines.py", "explain.py", "telemetry.py", "cat_dog_conv_net.py"]
+)
 def test_foreign_code_is_refused(tiny_model: Callable[..., Path], tmp_path: Path, shadow: str) -> None:
     folder, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
     folder.mkdir()
     elsewhere.mkdir()
     lay_out(tiny_model(), folder)
-    for source in ("handlers/image_classifier.py", "modelspec.py", "engines.py", "explain.py", "telemetry.py"):
+    for source in (
+        "handlers/image_classifier.py",
+        "modelspec.py",
+        "protocols.py",
+        "engines.py",
+        "explain.py",
+        "telemetry.py",
+    ):
         shutil.copy(ROOT / source, folder)
     (folder / "MAR-INF").mkdir()
     model = {"modelName": "m", "handler": "image_classifier.py", "modelFile": "cat_dog_conv_net.py"}
@@ -582,5 +593,13 @@ def test_the_handler_is_one_class_and_imports_what_travels_with_it_alone() -> No
             else []
         )
     }
-    assert imported - sys.stdlib_module_names == {"engines", "explain", "modelspec", "telemetry", "torch", "ts"}
+    assert imported - sys.stdlib_module_names == {
+        "engines",
+        "explain",
+        "modelspec",
+        "protocols",
+        "telemetry",
+        "torch",
+        "ts",
+    }
     assert sum(isinstance(node, ast.ClassDef) for node in ast.walk(tree)) == 1

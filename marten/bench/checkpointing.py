@@ -52,7 +52,7 @@ def bench_checkpoint(
 
 def _measure(run: Run, rounds: int, seconds: float, say: Callable[[str], None]) -> dict[str, Any]:
     steps = len(run.batches)
-    run.best["state"] = {name: t.cpu().clone() for name, t in run.learner.candidate.state_dict().items()}
+    run.best.weights = {name: t.cpu().clone() for name, t in run.learner.candidate.state_dict().items()}
     run.learner.begin_epoch(0)
     told: list[dict[str, float]] = []
     step, epoch, batches = 0, 0, run.batches.epoch(0)

@@ -18,26 +18,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
-from marten.architectures import build_network
-from marten.cells.augment import augment
 from marten.cells.crop_batches import CropBatches, CropSet
 from marten.cells.endpoint import strip_preprocess
 from marten.cells.errors import CellsError
+from marten.cells.learner import CellLearner
 from marten.cells.networks import TRAINED, network_args
 from marten.cells.project import Project
-from marten.cells.recipe import first_weights, learning_rate, make_optimizer
 from marten.cells.scores import Scores
 from marten.checkpoint import load_checkpoint, save_checkpoint
 from marten.devices import Runtime
-from marten.errors import CHECKPOINTED, DONE, TrainingError, UsageError
+from marten.errors import CHECKPOINTED, DONE, UsageError
 from marten.files import write_text
 from marten.interrupt import Interrupt
 from marten.metrics import share_with_interval
 from marten.progress import Bar, say
 from marten.provenance import provenance
-from marten.streams import stream
 from marten.weights import save_model
 from modelspec import ModelCard, ModelSpec
 
@@ -88,8 +84,6 @@ class CellTraining:
         self.batches = CropBatches(self.crops, read_with, int(config["train.sampling.cache_size"]))
         self.batch_size = int(config["train.model.params.batch_size"])
         self.epochs = int(config["train.model.epochs"])
-        self.top_k = min(int(config["train.validation.top_k"]), len(self.crops.labels))
-        self.online = config["train.model.crop_generator"] == "online_labels_cropgen"
         arch, args = network_args(config)
         self.spec = ModelSpec(
             name=project.experiment,
@@ -98,14 +92,8 @@ class CellTraining:
             arch_args={**args, "num_classes": len(self.crops.labels), "strips": True},
             preprocess=strip_preprocess(config),
         )
-        torch.manual_seed(stream(seed, "weights"))
-        network = build_network(self.spec.arch, self.spec.arch_args)
-        self.origin = first_weights(config, network)
-        self.network = network.to(runtime.device).to(memory_format=torch.channels_last)
-        self.optimizer = make_optimizer(config, self.network)
-        learning_rate(config, 0, ())
+        self.learner = CellLearner(config, self.crops, self.spec, runtime, seed)
         self.at = _State()
-        self.soft = self._first_labels() if self.online else None
 
     # ------------------------------------------------------------------------------------------------- the run
 
@@ -134,65 +122,21 @@ class CellTraining:
         """Train from the present batch to the end of the epoch; False when interrupted, the state being whole."""
         order = self.crops.epoch_order(self.seed, self.at.epoch)
         steps = -(-len(order) // self.batch_size)
-        rate = learning_rate(self.config, self.at.epoch, [row["val_loss"] for row in self.at.history])
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.network.train()
+        self.learner.begin_epoch(self.at.epoch, [row["val_loss"] for row in self.at.history])
         if self.at.seen is None:
-            self.at.seen = Scores(len(self.crops.labels), self.top_k)
+            self.at.seen = self.learner.scores()
         started, first = time.monotonic(), self.at.batch
         batches = self.batches.read(order, self.batch_size, self.at.batch)
         with Bar(f"Epoch {self.at.epoch}", steps) as bar:
             while self.at.batch < steps:
                 rows = order[self.at.batch * self.batch_size : (self.at.batch + 1) * self.batch_size]
-                self._step(next(batches), rows)
+                self.learner.learn(next(batches), rows, self.at.epoch, self.at.batch, self.at.seen)
                 self.at.batch += 1
                 bar.step(self.at.batch, f"loss {self.at.seen.loss:.4f}" if bar.wants_note() else "")
                 if interrupt.reason and self.at.batch < steps:
                     return False
         self._pace = (self.at.batch - first) * self.batch_size / max(time.monotonic() - started, 1e-9)
         return True
-
-    def _step(self, crops_NCHW: torch.Tensor, rows: Any) -> None:
-        place = stream(self.seed, "step", self.at.epoch, self.at.batch)
-        # whole blocks drop by these numbers: a function of the place in the run, so nothing of it is saved
-        torch.manual_seed(place)
-        device = self.runtime.device
-        images_NCHW = crops_NCHW.to(device, non_blocking=True)
-        if self.config["train.model.augmentations"]:
-            images_NCHW = augment(images_NCHW, torch.Generator().manual_seed(place))
-        labels_N = torch.from_numpy(self.crops.targets[rows])
-        with self.runtime.autocast():
-            logits_NK = self.network(images_NCHW.to(memory_format=torch.channels_last)).float()
-        loss = self._loss(logits_NK, labels_N, rows)
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {float(loss.detach())} in epoch {self.at.epoch}, batch {self.at.batch}: lower "
-                "train.model.params.learning_rate, or run scripts/cells check"
-            )
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        assert self.at.seen is not None
-        probs_NK = logits_NK.detach().softmax(1).cpu()
-        self.at.seen.add(probs_NK, labels_N, float(loss.detach()) * len(labels_N))
-        if self.soft is not None:
-            share = float(self.config["train.model.params.online_lambda"])
-            self.soft[rows] = (1 - share) * self.soft[rows] + share * probs_NK
-
-    def _loss(self, logits_NK: torch.Tensor, labels_N: torch.Tensor, rows: Any) -> torch.Tensor:
-        if self.soft is not None:
-            return nn.functional.cross_entropy(logits_NK, self.soft[rows].to(logits_NK.device))
-        smoothing = float(self.config["train.model.params.label_smoothing"])
-        return nn.functional.cross_entropy(logits_NK, labels_N.to(logits_NK.device), label_smoothing=smoothing)
-
-    def _first_labels(self) -> torch.Tensor:
-        """Soft labels of every crop, which the network's own predictions move as it learns."""
-        smoothing = float(self.config["train.model.params.online_label_smoothing"])
-        classes = len(self.crops.labels)
-        labels_NK = torch.full((len(self.crops.targets), classes), smoothing / classes)
-        labels_NK[torch.arange(len(labels_NK)), torch.from_numpy(self.crops.targets)] += 1 - smoothing
-        return labels_NK
 
     def _finish_epoch(self, interrupt: Interrupt) -> bool:
         """Validate, keep the best, write the log; False when interrupted, the state being that of the last batch."""
@@ -201,7 +145,7 @@ class CellTraining:
         row: dict[str, Any] = {"epoch": epoch, "acc": seen.accuracy, "loss": seen.loss, "top_k": seen.top_k_accuracy}
         frequency = int(self.config["train.validation.frequency"])
         is_judged = (epoch + 1) % frequency == 0 or epoch + 1 == self.epochs
-        judged = self.validate(interrupt) if is_judged else None
+        judged = self._validate(interrupt) if is_judged else None
         if is_judged and judged is None:
             return False
         if judged is not None:
@@ -215,10 +159,10 @@ class CellTraining:
             }
         else:
             row |= {name: self.at.history[-1][name] if self.at.history else math.nan for name in COLUMNS[4:10]}
-        row["lr"] = self.optimizer.param_groups[0]["lr"]
+        row["lr"] = self.learner.lr
         self.at.history.append(row)
         if judged is not None and judged.loss <= self.at.best["loss"]:
-            state = {name: t.detach().cpu().clone() for name, t in self.network.state_dict().items()}
+            state = {name: t.detach().cpu().clone() for name, t in self.learner.network.state_dict().items()}
             self.at.best = {"loss": judged.loss, "epoch": epoch, "state": state, "scores": judged.summary()}
             self._save_best()
         self._write_log()
@@ -229,23 +173,11 @@ class CellTraining:
         self.at.epoch, self.at.batch, self.at.seen = epoch + 1, 0, None
         return True
 
-    @torch.inference_mode()
-    def validate(self, interrupt: Interrupt) -> Scores | None:
+    def _validate(self, interrupt: Interrupt) -> Scores | None:
         """Judge the network on every validation crop, always the same ones, each once; None when interrupted."""
-        self.network.eval()
-        scores = Scores(len(self.crops.labels), self.top_k)
         rows = self.crops.validation if len(self.crops.validation) else self.crops.training
         size = int(self.config["train.validation.batch_size"])
-        for number, crops_NCHW in enumerate(self.batches.read(rows, size)):
-            if interrupt.reason:
-                return None
-            images_NCHW = crops_NCHW.to(self.runtime.device).to(memory_format=torch.channels_last)
-            with self.runtime.autocast():
-                logits_NK = self.network(images_NCHW).float().cpu()
-            labels_N = torch.from_numpy(self.crops.targets[rows[number * size : (number + 1) * size]])
-            loss = float(nn.functional.cross_entropy(logits_NK, labels_N, reduction="sum"))
-            scores.add(logits_NK.softmax(1), labels_N, loss)
-        return scores
+        return self.learner.judge(self.batches.read(rows, size), rows, size, lambda: bool(interrupt.reason))
 
     def _finish(self) -> None:
         for name in ("checkpoint.pt", "checkpoint.prev.pt"):
@@ -265,9 +197,7 @@ class CellTraining:
             "epoch": self.at.epoch,
             "batch": self.at.batch,
             "seen": None if self.at.seen is None else self.at.seen.state(),
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "soft": self.soft,
+            **self.learner.state(),
             "history": self.at.history,
             "best": self.at.best,
         }
@@ -288,11 +218,9 @@ class CellTraining:
                 f"{path} is the checkpoint of another run (configuration, seed, crops or precision differ): remove it "
                 "to start anew, or give another --exp"
             )
-        seen = None if state["seen"] is None else Scores(len(self.crops.labels), self.top_k, state["seen"])
+        seen = None if state["seen"] is None else self.learner.scores(state["seen"])
         self.at = _State(state["epoch"], state["batch"], seen, state["history"], state["best"])
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.soft = state["soft"]
+        self.learner.load_state(state)
         if self.at.best["state"] is not None:
             self._save_best()
         say(f"Resuming from {path}: epoch {self.at.epoch}, batch {self.at.batch}")
@@ -314,9 +242,9 @@ class CellTraining:
     # ------------------------------------------------------------------------------------------------- details
 
     def _announce(self) -> None:
-        count = sum(p.numel() for p in self.network.parameters())
+        count = sum(p.numel() for p in self.learner.network.parameters())
         say(
-            f"{self.spec.arch}: {count:,} parameters, {self.origin} first weights, on {self.runtime}; "
+            f"{self.spec.arch}: {count:,} parameters, {self.learner.origin} first weights, on {self.runtime}; "
             f"{len(self.crops.training)} training crops of {len(self.crops.labels)} classes, balanced to "
             f"{self.crops.per_epoch} an epoch; {len(self.crops.validation)} validation crops ({self.crops.told})"
         )
@@ -342,7 +270,7 @@ class CellTraining:
             training={
                 **{key: v for key, v in self.config.values.items() if key.startswith("train.")},
                 "seed": self.seed,
-                "started_from": self.origin,
+                "started_from": self.learner.origin,
                 "best_epoch": self.at.best["epoch"],
             },
             metrics={
@@ -360,13 +288,14 @@ class CellTraining:
         writer.writeheader()
         writer.writerows(self.at.history)
         write_text(self.project.logs / "log.csv", text.getvalue())
-        if self.soft is not None:
+        soft = self.learner.soft
+        if soft is not None:
             rows = io.StringIO()
             table = csv.writer(rows, lineterminator="\n")
             table.writerow(["Image_Name", *self.crops.labels])
             for number in self.crops.training:
                 name = self.crops.reader.rows[number]["Image_Name"]
-                table.writerow([name, *(f"{value:.6f}" for value in self.soft[number].tolist())])
+                table.writerow([name, *(f"{value:.6f}" for value in soft[number].tolist())])
             write_text(self.project.results / "soft_labels" / f"{self.at.epoch:04d}.csv", rows.getvalue())
 
 

@@ -139,8 +139,8 @@ def test_online_labels_move_with_the_predictions_and_survive_a_stop(told):
     whole, _ = run(told, "whole")
     run(told, "stopped", After(6))
     stopped, _ = run(told, "stopped")
-    torch.testing.assert_close(whole.soft, stopped.soft, rtol=0, atol=0)
-    torch.testing.assert_close(whole.soft.sum(1), torch.ones(len(whole.soft)))
+    torch.testing.assert_close(whole.learner.soft, stopped.learner.soft, rtol=0, atol=0)
+    torch.testing.assert_close(whole.learner.soft.sum(1), torch.ones(len(whole.learner.soft)))
     files = sorted((told.root / "outputs/whole/soft_labels").iterdir())
     assert [path.name for path in files] == ["0000.csv", "0001.csv", "0002.csv"]
     assert files[0].read_text() != files[2].read_text()
