@@ -69,8 +69,12 @@ def start(settings: Settings, timeout_s: float = START_TIMEOUT_S) -> tuple[Runni
             pid = _launch(settings, java, runtime_folder(port))
             running = _remember(settings, java, pid)
             return running, _wait_until_ready(running, settings, timeout_s), False
-        except BaseException:  # an interrupt too must leave nothing behind
-            _end(pid, runtime_folder(port))
+        except BaseException as error:  # an interrupt too must leave nothing behind
+            try:
+                if isinstance(error, KeyboardInterrupt) and pid is not None:
+                    drain(pid, port, DRAIN_S)  # a model that was quicker than the others may owe answers
+            finally:
+                _end(pid, runtime_folder(port))
             raise
 
 

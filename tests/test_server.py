@@ -156,6 +156,22 @@ def test_sigterm_while_starting_leaves_nothing(serve: Serve) -> None:
     assert serve.leftovers() == []
 
 
+def test_sigterm_while_others_load_answers_what_the_first_was_asked(serve: Serve) -> None:
+    build_archive(serve.store, "slow", SLOW)
+    process = subprocess.Popen(
+        serve.command("start", "--foreground"), stderr=subprocess.DEVNULL, env=serve.environment()
+    )
+    wait_until(lambda: worker_pids(Address("127.0.0.1", serve.ports[1]), "echo"), allowed_s(30))
+    clients = Clients(serve, "echo", count=4, body=b"wait0.5")
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 130
+    told = clients.stop()
+    assert told.pop("refused") == 4
+    assert set(told) == {"200"}
+    assert serve.leftovers() == []
+
+
 def test_a_frozen_worker_is_noticed_and_replaced(serve: Serve) -> None:
     assert serve.run("start").returncode == 0
     (pid,) = worker_pids(Address("127.0.0.1", serve.ports[1]), "echo")
