@@ -7,7 +7,7 @@ An engine is a function from images to outputs, as the network itself is, and ta
     eager      the network as it was loaded: the yardstick, and what is left when all else fails
 
 Each is built where the model is loaded, so that an archive never depends on the machine that made it, and must give
-the answers of the eager network in fp32 to a drawn picture before it may give any other.
+the answers of the eager network in fp32 to two drawn pictures before it may give any other.
 
 It travels in every .mar beside modelspec.py, and runs on Python 3.9 with torch 2.4 as well.
 """

@@ -1,6 +1,6 @@
 """What a request may look like, from a raw body to KServe's protocols, and how its answers are put together for it.
 
-Archived beside the handler: Python 3.9 and the standard library.
+Archived beside the handler: Python 3.9, and of ours modelspec alone.
 """
 
 from __future__ import annotations

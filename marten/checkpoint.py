@@ -43,7 +43,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Any], Path] | None:
     """The newest whole state beside `path`, and the file it came from; None when there is none to find.
 
     Looks at `path`, at its predecessor, and at both names in the current folder, where HTCondor puts a checkpoint
-    whose folder it flattened.
+    whose folder it flattened. What others have called so there, outside of HTCondor's jobs, is left alone.
 
     Raises:
         TrainingError: checkpoints are there and every one is damaged.
@@ -55,15 +55,21 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Any], Path] | None:
         state = _read(candidate)
         if state is not None:
             return state, candidate
-        damaged.append(candidate)
+        if candidate.parent == path.parent or "_CONDOR_SCRATCH_DIR" in os.environ:
+            damaged.append(candidate)
     if damaged:
         names = ", ".join(map(str, damaged))
         raise TrainingError(f"damaged checkpoints, none can be resumed from: {names}. Remove them to start anew")
     return None
 
 
+def paths_of(path: Path) -> list[Path]:
+    """Where a run keeps its state: the newest, and the one before it."""
+    return [path, _previous(path)]
+
+
 def _candidates(path: Path) -> list[Path]:
-    here = [path, _previous(path)]
+    here = paths_of(path)
     return here + [Path(p.name) for p in here if Path(p.name).resolve() != p.resolve()]
 
 

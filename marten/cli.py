@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import atexit
 import os
-import signal
 import sys
 import tomllib
 import traceback
@@ -16,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from marten.errors import FAILED, MISUSED, MartenError, UsageError
+from marten.errors import FAILED, INTERRUPTED, MISUSED, MartenError, UsageError
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,13 +28,15 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, config: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **{"formatter_class": _Formatter, **kwargs, "allow_abbrev": False})
         self._takes_config = config
-        self.add_argument("--debug", action="store_true", help="print the traceback behind an error")
+        # a verb's own parser must not take back what was said before the verb
+        usual = argparse.SUPPRESS if " " in self.prog else False
+        self.add_argument("--debug", action="store_true", default=usual, help="print the traceback behind an error")
         if config:
             self.add_argument("--config", type=Path, metavar="TOML", help="flags by name; the command line wins")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse as argparse does, after spelling flags with underscores and reading `--config`."""
-        words = [_underscored(word) for word in (sys.argv[1:] if args is None else args)]
+        words = [underscored(word) for word in (sys.argv[1:] if args is None else args)]
         if self._takes_config:
             finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
             finder.add_argument("--config", type=Path)
@@ -55,7 +56,7 @@ class Parser(argparse.ArgumentParser):
         flags = {word[2:]: action for action in self._actions for word in action.option_strings if word[:2] == "--"}
         words: list[str] = []
         for key, value in settings.items():
-            action = flags.get(_underscored(f"--{key}")[2:])
+            action = flags.get(underscored(f"--{key}")[2:])
             if action is None or key == "config":
                 self.error(f"--config {path}: unknown key {key!r}; known: {', '.join(sorted(flags))}")
             if action.nargs == 0:
@@ -81,7 +82,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         return f"{told} (default: %(default)s)"
 
 
-def _underscored(word: str) -> str:
+def underscored(word: str) -> str:
     """Spell a long flag with underscores: --batch-size=4 becomes --batch_size=4; everything else stays."""
     if not word.startswith("--") or len(word) == 2:
         return word
@@ -92,7 +93,8 @@ def _underscored(word: str) -> str:
 def run(main: Callable[[argparse.Namespace], int | None], parser: Parser) -> NoReturn:
     """Parse the command line, run `main`, and end the process with the project's exit codes.
 
-    0 done, 85 checkpointed, 1 failed, 2 misused; one line on stderr for a MartenError, a traceback only with --debug.
+    0 done, 85 checkpointed, 1 failed, 2 misused, 130 interrupted; one line on stderr for a MartenError, a traceback
+    only with --debug.
     """
     args = parser.parse_args()
     try:
@@ -103,7 +105,7 @@ def run(main: Callable[[argparse.Namespace], int | None], parser: Parser) -> NoR
         code = FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        code = 128 + signal.SIGINT
+        code = INTERRUPTED
     except MartenError as error:
         if args.debug:
             traceback.print_exc()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from modelspec import CardError, MartenError, PictureError
 
 DONE = 0
@@ -9,6 +11,14 @@ FAILED = 1
 MISUSED = 2
 CHECKPOINTED = 85
 """The run saved its state and wishes to be started again (HTCondor's checkpoint_exit_code)."""
+INTERRUPTED = 130
+"""Ctrl-C, or SIGTERM to a program that saves nothing: a shell's 128 + SIGINT."""
+
+
+def joint_code(codes: Iterable[int]) -> int:
+    """The exit code of several runs: one that wishes to go on outweighs one that failed, and that a finished one."""
+    seen = set(codes) - {DONE}
+    return CHECKPOINTED if CHECKPOINTED in seen else FAILED if seen else DONE
 
 
 class UsageError(MartenError):
@@ -35,6 +45,7 @@ __all__ = [
     "CHECKPOINTED",
     "DONE",
     "FAILED",
+    "INTERRUPTED",
     "MISUSED",
     "ArchiveError",
     "CardError",
@@ -44,4 +55,5 @@ __all__ = [
     "ServerError",
     "TrainingError",
     "UsageError",
+    "joint_code",
 ]

@@ -16,19 +16,19 @@ from pathlib import Path
 from typing import NoReturn
 
 from marten import envoy, server
-from marten.errors import ServerError, UsageError
+from marten.errors import MartenError, ServerError, UsageError
 from marten.files import MODEL_STORE, write_text
 from marten.fitting import available_cores, available_memory, fit_workers, has_gpu
-from marten.frontdoor import Door, set_replicas, write_config
-from marten.readiness import Address, ModelStatus, check_models, free_ports
+from marten.frontdoor import Door, is_loopback, set_replicas, write_config
+from marten.readiness import Address, ModelStatus, check_models, free_ports, worker_pids
 from marten.runtime import Running, clear, find_process, find_running, locked, runtime_folder
-from marten.serverconfig import CONFIG, INTERFACES, Settings, read_settings
+from marten.serverconfig import CONFIG, INTERFACES, Settings, bound_host, parse_properties, read_settings
 
 MOST_IN_FLIGHT = 32
 """Pictures of a model under way in one replica at most: half of `job_queue_size`, so that it can take a dead one's."""
 
 LEAST_IN_FLIGHT = 8
-"""And at least: one batch."""
+"""And at least: two batches."""
 
 _HERE = "127.0.0.1"
 _TICK_S = 0.05
@@ -55,7 +55,8 @@ class Crew:
         """
         ports = dict(zip(INTERFACES, free_ports(len(INTERFACES)), strict=True))
         found = read_settings(self.models, self.store, self.config, ports, self.workers, self.number_of_gpu)
-        shown = [name for name in INTERFACES if f"{name}_address=http://0.0.0.0" in found.config]
+        bound = parse_properties(found.config)
+        shown = [name for name in INTERFACES if not is_loopback(bound_host(bound, name))]
         if shown:
             raise UsageError(f"{self.config} shows {', '.join(shown)} to the network, past the door: bind 127.0.0.1")
         if self.workers is None and replicas > 1 and not (has_gpu() and self.number_of_gpu != 0):
@@ -270,7 +271,7 @@ def watch(fleet: Fleet, crew: Crew, say: Callable[[str], None]) -> NoReturn:
             try:
                 fleet = mend(fleet, crew)
                 say(f"started anew: {fleet.replicas[-1]}")
-            except ServerError as error:
+            except MartenError as error:
                 say(str(error))
                 time.sleep(_AGAIN_S)
         time.sleep(_WATCH_S)
@@ -309,7 +310,7 @@ def check(fleet: Fleet) -> list[ModelStatus]:
 
 def _fit_in_flight(statuses: Sequence[ModelStatus], running: Running) -> int:
     """Pictures that may be under way at once: what a replica answers in about a second, of its slowest model."""
-    workers = int(running.fingerprint["workers"] or 1)
+    workers = min(len(worker_pids(running.addresses["management"], name)) for name in running.models)
     slowest_s = max(status.latency_s for status in statuses)
     return max(LEAST_IN_FLIGHT, min(MOST_IN_FLIGHT, round(workers / slowest_s)))
 

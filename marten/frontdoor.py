@@ -59,8 +59,12 @@ class Door:
         return f"{'https' if self.secrets else 'http'}://{f'[{host}]' if ':' in host else host}:{self.address.port}"
 
 
-def parse_address(text: str) -> Address:
-    """HOST:PORT, [IPv6]:PORT, or a PORT of 127.0.0.1.
+def parse_address(text: str, flag: str = "--expose") -> Address:
+    """ADDRESS:PORT, [IPv6]:PORT, or a PORT of 127.0.0.1.
+
+    Args:
+        text: what was given.
+        flag: by which.
 
     Raises:
         UsageError: neither of them.
@@ -73,13 +77,16 @@ def parse_address(text: str) -> Address:
         if not 0 < int(port) < 65536:
             raise ValueError
     except ValueError:
-        raise UsageError(f"--expose {text}: give ADDRESS:PORT, as 0.0.0.0:8443, or a PORT of 127.0.0.1") from None
+        raise UsageError(f"{flag} {text}: give ADDRESS:PORT, as 0.0.0.0:8443, or a PORT of 127.0.0.1") from None
     return Address(host, int(port))
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches it."""
-    return ipaddress.ip_address(host).is_loopback
+    """Whether only this machine reaches it; of names that is sure of localhost alone."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def is_any(host: str) -> bool:

@@ -30,7 +30,6 @@ from marten.fitting import available_cores, available_memory, fit_threads, fit_w
 from marten.pictures import Sources, natural, opened
 from modelspec import ModelSpec
 
-FORMATS = ("prob", "kaggle", "all")
 Row = tuple[str, "list[float] | str"]
 _WORTH_AN_ENGINE = 100
 """Pictures per lane from which the second or two pay off that building its engine takes."""
@@ -118,7 +117,7 @@ def ask(
     free: queue.SimpleQueue[Engine] = queue.SimpleQueue()
     for lane in lanes:
         free.put(lane)
-    with opened(sources) as read, ThreadPoolExecutor(threads) as pool:
+    with opened() as read, ThreadPoolExecutor(threads) as pool:
 
         def look(member: tuple[Path, str]) -> torch.Tensor | str:
             try:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from marten.cli import Parser
+from marten.cli import Parser, underscored
 from marten.errors import UsageError
 from marten.files import ROOT
 from marten.settings import duration_s, settings_from
@@ -133,6 +133,7 @@ def job_from(words: Sequence[str], *, resources: Resources, runs: Path | None = 
         UsageError: a setting out of range, or no such file of runs.
         SystemExit: a flag that train_main.py does not know, told on stderr; exit code 2.
     """
+    words = [underscored(word) for word in words]
     lines = lines_of(runs) if runs else [""]
     namespaces = [parsed([*words, *shlex.split(line)]) for line in lines]
     first = namespaces[0]

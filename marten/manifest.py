@@ -23,7 +23,7 @@ from modelspec import sha256_file
 
 SUFFIX = ".cdx.json"
 _MAR_MANIFEST = "MAR-INF/MANIFEST.json"
-_NEEDED = ("torch", "torchvision", "torchserve", "pillow", "numpy", "pyyaml", "captum")
+_NEEDED = ("torch", "torchvision", "torchserve", "pillow", "numpy", "pyyaml")
 _OPTIONAL = ("openvino",)
 
 

@@ -114,7 +114,7 @@ def natural(name: str) -> list[tuple[int, int | str]]:
 
 
 @contextmanager
-def opened(sources: Sources) -> Iterator[Callable[[_Member], bytes]]:
+def opened() -> Iterator[Callable[[_Member], bytes]]:
     """A function that reads one member; threads may share it. A zip is opened once per thread."""
     local = threading.local()
     archives: list[zipfile.ZipFile] = []

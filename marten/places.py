@@ -24,7 +24,6 @@ from marten.files import replacing, write_text
 
 TAR = "http://data.csail.mit.edu/places/places365/places365standard_easyformat.tar"
 _PARTS = ("train", "val")
-_BLOCK = 512
 _CHUNK = 1 << 20
 
 

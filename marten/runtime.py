@@ -71,6 +71,11 @@ class Running:
         """Where TorchServe writes: ts_log.log, model_log.log (the workers' own words), access_log.log, server.log."""
         return self.folder / "logs"
 
+    @property
+    def store(self) -> Path:
+        """Folder of its archives."""
+        return Path(next(iter(self.fingerprint["archives"].values()))[0]).parent
+
     def model_words(self) -> list[str]:
         """What it serves, as `serve start` takes it: name=file."""
         return [f"{name}={Path(archive[0]).name}" for name, archive in self.fingerprint["archives"].items()]

@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -35,10 +36,11 @@ LOG_CONFIG = ROOT / "deployment" / "log4j2.xml"
 START_TIMEOUT_S = 120.0
 DRAIN_S = 20.0
 _GONE_WITHIN_S = 5.0
+_LAUNCH_S = 60.0
 _TICK_S = 0.1
 _LOG_LAG_S = 3.0
 # what TorchServe and its workers import; a worker that lacks one dies while /ping says Healthy
-_PACKAGES = {"ts": "torchserve", "yaml": "pyyaml", "captum": "captum", "torch": "torch", "torchvision": "torchvision"}
+_PACKAGES = {"ts": "torchserve", "yaml": "pyyaml", "torch": "torch", "torchvision": "torchvision"}
 # set for other programs, these would make workers import other files, or TorchServe read another config
 _UNWANTED = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "TS_CONFIG_FILE", "TS_MODEL_SERVER_HOME", "JAVA_HOME")
 
@@ -121,7 +123,15 @@ def _launch(settings: Settings, java: Java, folder: Path) -> int:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a Ctrl-C meant for us must not reach Java before its requests are answered
         )
-    starter.wait(timeout=60)
+    try:
+        starter.wait(timeout=_LAUNCH_S)
+    except BaseException as error:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(starter.pid, signal.SIGKILL)  # Java too, which it may have begun already
+        starter.wait()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise ServerError(f"torchserve --start did not come back within {_LAUNCH_S:.0f} s") from None
+        raise
     try:
         return int((folder / "temp" / ".model_server.pid").read_text())
     except (OSError, ValueError):

@@ -82,7 +82,7 @@ def read_settings(
     fitted = workers
     if fitted is None and not on_gpu:
         fitted = fit_workers(len(found), available_cores(), available_memory())
-    overrides = [f"{name}_address=http://{_bound_host(properties, name)}:{a.port}" for name, a in addresses.items()]
+    overrides = [f"{name}_address=http://{bound_host(properties, name)}:{a.port}" for name, a in addresses.items()]
     if fitted is not None:
         overrides.append(f"default_workers_per_model={fitted}")
     if number_of_gpu is not None:
@@ -164,5 +164,6 @@ def read_addresses(config: Path, ports: Mapping[str, int | None]) -> dict[str, A
     return found
 
 
-def _bound_host(properties: Mapping[str, str], name: str) -> str:
+def bound_host(properties: Mapping[str, str], name: str) -> str:
+    """The host that TorchServe listens on for one of its interfaces, as its address names it."""
     return properties.get(f"{name}_address", "http://127.0.0.1:0").partition("://")[2].rpartition(":")[0]

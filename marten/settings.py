@@ -112,7 +112,7 @@ class Settings:
                 not self.checkpoint_every.isdecimal() or int(self.checkpoint_every) > 0
             ),
             f"--model_path names a file that ends in .pth, found {self.model_path}": (
-                not self.model_path or Path(self.model_path).suffix in (".pth", ".pt")
+                not self.model_path or Path(self.model_path).suffix == ".pth"
             ),
         }
         for name, known in (

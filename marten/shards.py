@@ -37,11 +37,6 @@ _WINDOW = 256
 _COLUMNS = ("path", "label", "sha256", "shard", "offset", "size_bytes")
 
 
-def is_sharded(root: Path) -> bool:
-    """Whether a folder holds a sharded set."""
-    return (root / FACTS).is_file()
-
-
 def find_shards(root: Path, labels: Sequence[str] | None = None) -> PictureSet:
     """List a sharded set without reading a picture; every sample has its key, its picture was read when it was written.
 

@@ -86,7 +86,7 @@ def stage(
     if source.is_file() and not is_archive(source):
         raise DataError(f"{source} is neither a folder nor an archive ({', '.join(ARCHIVES)})")
     target = (Path(into).absolute() if into else _own_place(source)) / (name or _stem(source))
-    if target == source:
+    if target == source or target in source.parents:
         raise DataError(f"{source} would be staged onto itself: give another folder with --into")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -146,10 +146,12 @@ def _identity(source: Path) -> list[str | int]:
 
 
 def _bring(source: Path, target: Path, below: str, workers: int, link: bool, digest: str, progress: Progress) -> Staged:
-    _marker(target).unlink(missing_ok=True)
+    if not _marker(target).exists() and (target.is_symlink() or (target.is_dir() and any(target.iterdir()))):
+        raise DataError(f"{target} is there, and was not staged: remove it, or give another folder with --into")
+    write_text(_marker(target), "{}\n")  # ours from now on, and not whole until its marker says so
     if target.is_symlink():
         target.unlink()
-    if target.is_dir():  # of another source with this name; its marker is gone, so it is no longer trusted
+    if target.is_dir():  # of another source with this name
         shutil.rmtree(target)
     identity = _identity(source)
     partial = target.with_name(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from marten.errors import CHECKPOINTED, DataError, UsageError
+from marten.errors import CHECKPOINTED, DataError, UsageError, joint_code
 from marten.streams import stream
 from marten.sweep import Choices, Range, append_run, line_of
 from marten.sweep_results import PRUNED, loss_of, read_history, state_of
@@ -16,7 +16,7 @@ from marten.sweep_results import PRUNED, loss_of, read_history, state_of
 
 def optimize(
     folder: Path, choices: Choices, count: int, seed: int, train: Callable[[str, Callable[[], bool]], int]
-) -> None:
+) -> int:
     """Let Optuna choose the settings of `count` further runs from what the earlier ones came to.
 
     Its journal lies in the folder: any number of processes, on any machines that see it, work on one study, and a
@@ -29,6 +29,9 @@ def optimize(
         seed: of the sampler.
         train: runs one line of flags, asking now and then whether to give up; returns the exit code.
 
+    Returns:
+        85 when a run was stopped and wishes to go on, else 1 when one failed, else 0.
+
     Raises:
         UsageError: Optuna is not installed.
     """
@@ -38,6 +41,7 @@ def optimize(
     except ImportError:
         raise UsageError("--optuna needs Optuna: pip install -r requirements-sweep.txt") from None
     folder.mkdir(parents=True, exist_ok=True)
+    codes: set[int] = set()
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # a failed run has told its reason itself
     study = optuna.create_study(
         storage=optuna.storages.JournalStorage(JournalFileBackend(str(folder / "journal.log"))),
@@ -76,6 +80,7 @@ def optimize(
                 checkpoint.unlink()
             (run / PRUNED).touch()
             raise optuna.TrialPruned
+        codes.add(code)
         if code == CHECKPOINTED:
             study.enqueue_trial(trial.params)
             study.stop()
@@ -85,6 +90,7 @@ def optimize(
         return min(map(loss_of, read_history(weights)))
 
     study.optimize(one, n_trials=count, catch=(DataError,))
+    return joint_code(codes)
 
 
 def _suggested(trial: Any, name: str, values: list[str] | Range) -> str:

@@ -21,7 +21,7 @@ from marten.alone import alone
 from marten.architectures import find_architecture
 from marten.batches import Batch, Batches, Pictures
 from marten.best import Best
-from marten.checkpoint import load_checkpoint, save_checkpoint
+from marten.checkpoint import load_checkpoint, paths_of, save_checkpoint
 from marten.devices import Runtime, choose_runtime
 from marten.distributed import ALONE, World, exit_code, find_world, joined
 from marten.errors import CHECKPOINTED, DONE, DataError, TrainingError, UsageError
@@ -75,7 +75,7 @@ def _train(run: Run, interrupt: Interrupt) -> int:
 
 
 class Run:
-    """A run in progress: the network, its optimizer, where it stands, and what it has seen.
+    """A run in progress: what learns, what it learns from, what it has to show, and where it stands.
 
     Several processes make one run of the same result: each learns from its share of every batch, and the first one
     alone looks at the pictures, speaks and writes. What they decide (to stop, to save) they decide together.
@@ -122,6 +122,7 @@ class Run:
         self._trackers = Trackers((), self._tracked, ())
         self.best = Best(settings, material, self.learner.origin, world.is_first)
         self._reason, self._is_due = "", False
+        self._resumed_from: list[Path] = []
         self._saved_at = time.monotonic()
         self._pace = Pace()
         provenance()  # notes the commit now
@@ -253,8 +254,8 @@ class Run:
                 f"Best epoch {self.best.epoch + 1}: validation {self._measure} {served.accuracy:.4f}{interval}"
                 f" on {served.count} pictures, loss {served.loss:.4f}"
             )
-        for name in ("checkpoint.pt", "checkpoint.prev.pt") if self.world.is_first else ():
-            (self.settings.run_folder / name).unlink(missing_ok=True)
+        for path in {*paths_of(self._checkpoint_path), *self._resumed_from} if self.world.is_first else ():
+            path.unlink(missing_ok=True)
         say(f"End of training. Model at {self.settings.weights_path}, curves at {self.settings.run_folder}/curves.png")
 
     # -------------------------------------------------------------------------------------- the state
@@ -295,7 +296,7 @@ class Run:
         if self._found is None:
             return
         state, path = self._found
-        self._found = None
+        self._found, self._resumed_from = None, [path]
         usual = Settings().shaping()  # of a setting that is younger than the checkpoint
         then = {name: state["settings"].get(name, usual[name]) for name in usual}
         told = {

@@ -63,6 +63,17 @@ def test_a_flattened_checkpoint_is_found(tmp_path: Path, monkeypatch: pytest.Mon
     assert value_of(Path("output/model.run/checkpoint.pt")) == 7
 
 
+def test_what_others_call_so_in_the_current_folder_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("checkpoint.pt").write_bytes(b"somebody else's")
+    assert load_checkpoint(Path("output/model.run/checkpoint.pt")) is None
+    monkeypatch.setenv("_CONDOR_SCRATCH_DIR", str(tmp_path))  # there it can only be ours
+    with pytest.raises(TrainingError, match="damaged"):
+        load_checkpoint(Path("output/model.run/checkpoint.pt"))
+
+
 def test_a_write_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "checkpoint.pt"
     saved(path, 1)

@@ -127,7 +127,7 @@ def test_what_was_trained_on_does_not_count(folder: Path, tmp_path: Path) -> Non
         pictures_to_ask(card, copy, "validation")
 
 
-def test_a_strange_class_or_task_is_refused(model: Path, folder: Path, tmp_path: Path) -> None:
+def test_a_strange_class_or_task_is_refused(model: Path, folder: Path) -> None:
     card = ModelCard.read(model.with_suffix(".json"))
     with pytest.raises(DataError, match="the model knows"):
         pictures_to_ask(replace(card, spec=replace(card.spec, labels=("cat", "dog", "eel"))), folder)

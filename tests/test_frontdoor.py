@@ -39,6 +39,7 @@ from marten.errors import ServerError, UsageError
 from marten.frontdoor import PAGE, PROXY, Door, parse_address, set_replicas, write_config
 from marten.readiness import Address, free_ports, golden_picture
 from marten.runtime import find_process
+from marten.serverconfig import CONFIG
 from tests.servers import ROOT, allowed_s, build_archive, wait_until
 
 # ------------------------------------------------------------------------------------------------ without Envoy
@@ -120,6 +121,24 @@ def test_serve_refuses_to_expose_without_secrets() -> None:
     assert "takes TLS and a key" in told.stderr
 
 
+def test_flags_of_a_door_mean_nothing_without_one() -> None:
+    words = ["start", "vgg", "--secrets", "s", "--replicas", "2", "--otlp", "collector:4318"]
+    told = subprocess.run([sys.executable, str(ROOT / "scripts/serve"), *words], capture_output=True, text=True)
+    assert (told.returncode, told.stderr.count("\n")) == (2, 1)
+    assert "--secrets, --replicas, --otlp belongs to a front door" in told.stderr
+    with pytest.raises(UsageError, match="--otlp collector:4318"):
+        parse_address("collector:4318", "--otlp")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.2", "[::]"])
+def test_replicas_never_listen_beside_their_door(tmp_path: Path, host: str) -> None:
+    build_archive(tmp_path / "store", "echo")
+    config = tmp_path / "config.properties"
+    config.write_text(CONFIG.read_text() + f"inference_address=http://{host}:8080\n")
+    with pytest.raises(UsageError, match="shows inference to the network"):
+        fleet.Crew(store=tmp_path / "store", config=config).settings(1)
+
+
 def routes_of(config: Path) -> list[dict[str, Any]]:
     tree = yaml.safe_load(config.read_text())
     chain = tree["static_resources"]["listeners"][0]["filter_chains"][0]
@@ -186,6 +205,7 @@ class Replica(BaseHTTPRequestHandler):
         status = int(mood) if mood.isdigit() else 200
         told = {"bytes": len(body), "type": self.headers["Content-Type"], "port": server.server_address[1]}
         told |= {"request_id": self.headers["X-Request-Id"], "key": self.headers["Authorization"]}
+        told["kind"] = [name for name in ("explain", "describe") if name in self.headers]
         answer = json.dumps(told).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -305,11 +325,12 @@ def shorten(tree: dict[str, Any]) -> None:
 def test_who_holds_the_key_is_answered_and_nobody_else(opened: Opened) -> None:
     status, headers, told = opened.ask()
     assert (status, told["bytes"], told["key"]) == (200, 1000, None)  # TorchServe never sees the key
+    assert opened.ask(explain="True", describe="True")[2]["kind"] == []  # nor what would make it answer otherwise
     assert told["request_id"] == headers["x-request-id"]
     for key in (None, "wrong", opened.entrance.key + "x", opened.entrance.key[:-1]):
         status, headers, told = opened.ask(key=key)
         assert (status, headers["www-authenticate"], told["code"]) == (401, "Bearer", 401)
-    assert sum(each.seen for each in opened.replicas) == 1
+    assert sum(each.seen for each in opened.replicas) == 2
     line = (opened.folder / "logs" / "access.jsonl").read_text
     wait_until(lambda: "401" in line(), 15)
     logged = [json.loads(each) for each in line().splitlines()]

@@ -42,6 +42,7 @@ def test_an_empty_folder_with_only_the_checkpoint_is_enough(
     monkeypatch.chdir(tmp_path / "fresh")
     assert run_once(drawn_set, Path("out")) == DONE
     assert result(Path("out")) == result(whole_run)
+    assert not Path("checkpoint.pt").exists()
 
 
 def test_a_torn_checkpoint_falls_back_and_ends_in_the_same_bits(

@@ -15,8 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from marten import server
 from marten.readiness import Address, request, worker_pids
-from marten.serverconfig import CONFIG, read_properties
+from marten.serverconfig import CONFIG, read_properties, read_settings
 from tests.servers import (
     FAILING,
     LACKING,
@@ -283,3 +284,41 @@ def test_restart_serves_the_new_archive_and_dry_run_starts_nothing(serve: Serve)
     assert "from an older archive or config: scripts/serve restart" in stale.stderr
     assert serve.run("restart").returncode == 0
     assert serve.ask("mine")[0] == 200
+
+
+def test_restart_takes_the_same_store_and_workers(serve: Serve) -> None:
+    assert serve.run("start", "--workers", "2").returncode == 0
+    words = [word for word in serve.command("restart", "--workers", "2") if word not in ("--workers", "2")]
+    del words[words.index("--model_store") :][:2]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=serve.environment())
+    assert done.returncode == 0, done.stderr
+    assert serve.ask("echo")[0] == 200
+    assert len(worker_pids(Address("127.0.0.1", serve.ports[1]), "echo")) == 2
+
+
+def test_no_page_no_server(serve: Serve) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        failed = serve.run("start", "--web", "--web_port", str(taken.getsockname()[1]))
+    assert failed.returncode == 1
+    assert "--web_port" in failed.stderr
+    assert serve.leftovers() == []
+
+
+def test_an_interrupt_before_java_is_known_leaves_nothing(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MARTEN_RUNTIME", str(serve.runtime))
+    serve.runtime.mkdir()
+    ports = dict(zip(("inference", "management", "metrics"), serve.ports, strict=True))
+    settings = read_settings((), serve.store, CONFIG, ports, workers=1)
+
+    def interrupted(starter: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        if timeout == server._LAUNCH_S:
+            wait_until((serve.folder / "temp" / ".model_server.pid").exists, allowed_s(20))
+            raise KeyboardInterrupt
+        return real(starter, timeout)
+
+    real = subprocess.Popen.wait
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        server.start(settings)
+    monkeypatch.undo()
+    assert serve.leftovers() == []

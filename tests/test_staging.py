@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from marten import unpacking
+from marten import staging, unpacking
 from marten.errors import DataError
 from marten.files import ROOT
 from marten.staging import node_local_folder, stage
@@ -82,6 +82,38 @@ def test_another_archive_of_that_name_takes_its_place(zipped: Path, tmp_path: Pa
     with zipfile.ZipFile(zipped, "w") as archive:
         archive.writestr("cat.0.jpg", "new")
     assert content(stage(zipped, tmp_path / "node").folder) == {"cat.0.jpg": b"new"}
+
+
+def test_what_nobody_staged_is_left_alone(zipped: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "disk" / "pets" / "thesis.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("ten years")
+    with pytest.raises(DataError, match="was not staged"):
+        stage(zipped, tmp_path / "disk")
+    assert mine.read_text() == "ten years"
+    inside = zipped.rename(zipped.with_name("pets") / "pets.zip")
+    with pytest.raises(DataError, match="onto itself"):
+        stage(inside, tmp_path)
+    assert inside.is_file()
+
+
+def test_an_end_between_the_set_and_its_marker_is_taken_up(
+    zipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = staging.write_text, []
+
+    def dies_second(path: Path, text: str) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(path, text)
+
+    monkeypatch.setattr(staging, "write_text", dies_second)
+    with pytest.raises(KeyboardInterrupt):
+        stage(zipped, tmp_path / "disk")
+    monkeypatch.undo()
+    staged = stage(zipped, tmp_path / "disk")
+    assert (staged.fresh, content(staged.folder)) == (True, FILES)
 
 
 def test_b3_04_a_tar_crosses_the_network_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,7 +129,11 @@ def test_optuna_prunes_fails_and_goes_on_from_its_journal(tmp_path: Path) -> Non
 
     choices = read_choices(["lr=0.0..1.0"])
     optimize(tmp_path, choices, 12, 0, train)
-    optimize(tmp_path, choices, 12, 1, train)
+    code = optimize(tmp_path, choices, 12, 1, train)
+    assert code == any(float(line.split()[1]) > 0.9 for line in lines[12:]), "a failed run was not told, or none failed"
+    assert optimize(tmp_path / "stopped", choices, 3, 0, lambda line, hopeless: 85) == 85
+    assert len(results(tmp_path / "stopped")) == 1, "a stopped run ends the study"
+    assert optimize(tmp_path / "failed", choices, 2, 0, lambda line, hopeless: 1) == 1
     assert len(lines) == 24
     found = results(tmp_path)
     assert len(found) == 24

@@ -27,6 +27,7 @@ WORKDIR /app
 COPY *.py ./
 COPY handlers handlers
 COPY models models
+COPY deep_cnn deep_cnn
 COPY marten marten
 COPY scripts scripts
 COPY deployment/*.sh deployment/*.yaml deployment/

@@ -41,7 +41,7 @@ class Server:
     """
 
     workers: int = 2
-    batch: int = 8
+    batch: int = 4
     queue: int = 64
     picture_s: float = 0.03
     batch_s: float = 0.0

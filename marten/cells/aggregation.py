@@ -18,7 +18,7 @@ from marten.cells.errors import CellsError
 from marten.cells.feature_files import npz_path
 from marten.cells.index import PLATE, SITE, WELL, Site, read_index
 from marten.cells.project import Project
-from marten.cells.tables import Table, constant_metadata, feature_columns, write_profiles
+from marten.cells.tables import constant_metadata, write_profiles
 
 METHODS = ("median", "mean", "site-then-well")
 LEVELS = {"site": (PLATE, WELL, SITE), "well": (PLATE, WELL)}
@@ -110,19 +110,6 @@ def combine(sites: Sequence[NDArray[Any]], method: str) -> NDArray[np.float64]:
         return np.asarray(np.mean([np.median(values.astype(np.float64), axis=0) for values in sites], axis=0))
     cells = np.concatenate([np.asarray(values, np.float64) for values in sites])
     return np.asarray(np.median(cells, axis=0) if method == "median" else cells.mean(axis=0))
-
-
-def combine_rows(table: Table, by: str, method: str = "mean") -> Table:
-    """One profile per value of a column, for instance per treatment, out of a table of wells."""
-    import pandas as pd
-
-    kept = constant_metadata(table, [by])
-    features = feature_columns(table)
-    groups = table.groupby(by, sort=True, dropna=False)
-    counts = groups.size().rename("Metadata_Profile_Count")
-    combined = groups[features].mean() if method == "mean" else groups[features].median()
-    metadata = groups[kept[1:]].first() if len(kept) > 1 else pd.DataFrame(index=combined.index)
-    return pd.concat([metadata, counts, combined], axis=1).reset_index()
 
 
 def _titled(name: str) -> str:

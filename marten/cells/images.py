@@ -62,11 +62,6 @@ def read_channels(paths: Sequence[Path], size_px: tuple[int | None, int | None] 
     return planes
 
 
-def write_png(path: Path, pixels: NDArray[np.uint8]) -> None:
-    """Write 8-bit grey as PNG; quick rather than small."""
-    path.write_bytes(encode_png(pixels))
-
-
 def encode_png(pixels: NDArray[np.uint8]) -> bytes:
     """Encode 8-bit grey of shape (height, width) as PNG; quick rather than small."""
     return bytes(imagecodecs.png_encode(np.ascontiguousarray(pixels), level=1, filter=16))

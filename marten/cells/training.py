@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from marten.alone import alone
 from marten.cells.crop_batches import CropBatches, CropSet
 from marten.cells.endpoint import strip_preprocess
 from marten.cells.errors import CellsError
@@ -26,7 +27,7 @@ from marten.cells.learner import CellLearner
 from marten.cells.networks import TRAINED, network_args
 from marten.cells.project import Project
 from marten.cells.scores import Scores
-from marten.checkpoint import load_checkpoint, save_checkpoint
+from marten.checkpoint import load_checkpoint, paths_of, save_checkpoint
 from marten.devices import Runtime
 from marten.errors import CHECKPOINTED, DONE, UsageError
 from marten.files import write_text
@@ -180,8 +181,8 @@ class CellTraining:
         return self.learner.judge(self.batches.read(rows, size), rows, size, lambda: bool(interrupt.reason))
 
     def _finish(self) -> None:
-        for name in ("checkpoint.pt", "checkpoint.prev.pt"):
-            (self.project.checkpoints / name).unlink(missing_ok=True)
+        for path in paths_of(self.project.checkpoints / "checkpoint.pt"):
+            path.unlink(missing_ok=True)
         best = self.at.history[self.at.best["epoch"]]
         say(
             f"Best epoch {self.at.best['epoch']}: validation accuracy {best['val_acc']:.4f} on "
@@ -335,14 +336,16 @@ def train_cells(
 
     Raises:
         CellsError: a finished model of this experiment is there, and `fresh` is not asked for.
+        TrainingError: another process trains this experiment.
     """
     checkpoint, model = project.checkpoints / "checkpoint.pt", project.checkpoints / TRAINED
     if model.is_file() and not checkpoint.is_file() and not fresh:
         raise CellsError(f"{model} is there already: add --overwrite to train anew, or give another --exp")
-    if fresh:
-        checkpoint.unlink(missing_ok=True)
-        checkpoint.with_suffix(".prev.pt").unlink(missing_ok=True)
     interrupt = Interrupt(max_runtime_s)
-    training = CellTraining(project, runtime, seed, table, workers)
-    training.resume()
-    return training.go_on(interrupt)
+    with alone(project.checkpoints):
+        if fresh:
+            for path in paths_of(checkpoint):
+                path.unlink(missing_ok=True)
+        training = CellTraining(project, runtime, seed, table, workers)
+        training.resume()
+        return training.go_on(interrupt)

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from marten.cells.aggregation import aggregate_cells, combine_rows
+from marten.cells.aggregation import aggregate_cells
 from marten.cells.errors import CellsError
 from marten.cells.feature_files import npz_path, site_metadata, write_npz
 from marten.cells.index import read_index
@@ -105,13 +105,3 @@ def test_no_features_and_unknown_words(tiny):
         aggregate_cells(project, method="sum")
     with pytest.raises(CellsError, match="no level 'plate'"):
         aggregate_cells(project, "plate")
-
-
-def test_treatments_are_the_mean_of_their_wells(profiled):
-    table = read_profiles(aggregate_cells(profiled.open()).path)
-    found = combine_rows(table, "Metadata_pert_name")
-    features = feature_columns(table)
-    mine = table[table["Metadata_pert_name"] == "motif"][features].mean()
-    np.testing.assert_allclose(found.set_index("Metadata_pert_name").loc["motif", features].astype(float), mine)
-    assert "Metadata_Plate" not in found
-    assert list(found["Metadata_Profile_Count"]) == [2, 2, 2]

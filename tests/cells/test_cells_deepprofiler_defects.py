@@ -19,7 +19,7 @@ from marten.cells.crops import take_crops
 from marten.cells.errors import CellsError, ConfigError
 from marten.cells.export import cut_strips, export_cells
 from marten.cells.feature_files import is_whole_npz, npz_path
-from marten.cells.images import read_channels, read_plane, write_png
+from marten.cells.images import encode_png, read_channels, read_plane
 from marten.cells.index import compressed_path, read_index, split_index
 from marten.cells.locations import read_locations
 from marten.cells.parallel import AHEAD, ordered_map
@@ -125,7 +125,7 @@ def test_width_and_height_are_fixed(tiny):
     tiny.config(**{"dataset.images.width": None, "dataset.images.height": None})
     for channel in ("DNA", "RNA", "Mito"):
         path = tiny.image(well="B02", channel=channel)
-        write_png(path, np.pad(read_plane(path), ((0, 7), (0, 13))))
+        path.write_bytes(encode_png(np.pad(read_plane(path), ((0, 7), (0, 13)))))
     assert export_cells(tiny.open()).problems == []
 
 
@@ -245,7 +245,7 @@ def test_masked_strips_crash_without_outlines(tiny):
 
 def test_flat_crops_become_nan(tiny):
     for channel in ("DNA", "RNA", "Mito"):
-        write_png(tiny.image(channel=channel), np.full((90, 110), 50, np.uint8))
+        tiny.image(channel=channel).write_bytes(encode_png(np.full((90, 110), 50, np.uint8)))
     project = tiny.open()
     export_cells(project)
     report = check_project(project, inputs=False)

@@ -46,7 +46,7 @@ def test_every_network_folds_strips_back_into_channels(arch, channels):
         torch.testing.assert_close(named(grey), network.features(crops, "pool5"), rtol=0, atol=0)
 
 
-def test_a_trained_network_answers_posted_crops_with_their_classes(tiny, tmp_path):
+def test_a_trained_network_answers_posted_crops_with_their_classes(tiny):
     params = {"conv_blocks": 2, "feature_dim": 16, "learning_rate": 0.01, "batch_size": 8}
     tiny.config(**{"train.model.params": params, "profile.feature_layer": "ClassProb"})
     project = tiny.open()

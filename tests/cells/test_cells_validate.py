@@ -11,7 +11,7 @@ import pytest
 
 from marten.cells.crops import to_strips
 from marten.cells.export import export_cells
-from marten.cells.images import decode_png, write_png
+from marten.cells.images import decode_png, encode_png
 from marten.cells.store import CropReader
 from marten.cells.validate import check_project
 from marten.files import ROOT
@@ -44,11 +44,11 @@ def test_damaged_crops_are_told_apart_listed_and_pruned(tiny):
     paths[0].unlink()
     paths[1].write_bytes(paths[1].read_bytes()[:-20])
     paths[2].write_bytes(b"")
-    write_png(paths[3], good[:, :32])
-    write_png(paths[4], np.zeros_like(good))
+    paths[3].write_bytes(encode_png(good[:, :32]))
+    paths[4].write_bytes(encode_png(np.zeros_like(good)))
     flat = good.copy()
     flat[:, 16:32] = 9
-    write_png(paths[5], flat)
+    paths[5].write_bytes(encode_png(flat))
     damaged = bytearray(paths[6].read_bytes())
     damaged[len(damaged) // 2] ^= 255
     paths[6].write_bytes(damaged)
@@ -99,12 +99,13 @@ def test_an_empty_mask_is_told(tiny):
     (tiny.root / "inputs/outlines").mkdir()
     outline = np.zeros((90, 110), np.uint8)
     outline[::10] = outline[:, ::10] = 255
-    write_png(tiny.root / "inputs/outlines/o.png", outline)
+    (tiny.root / "inputs/outlines/o.png").write_bytes(encode_png(outline))
     project = tiny.open()
     export_cells(project)
     rows = CropReader(project.crops).rows
     crops = np.random.default_rng(0).random((1, 3, 16, 16)).astype(np.float32)
-    write_png(project.crops / rows[0]["Image_Name"], to_strips(crops, np.zeros((1, 16, 16), bool))[0])
+    png = encode_png(to_strips(crops, np.zeros((1, 16, 16), bool))[0])
+    (project.crops / rows[0]["Image_Name"]).write_bytes(png)
     report = check_project(project)
     assert [(f.name, f.what) for f in report.findings] == [(rows[0]["Image_Name"], "without a mask")]
 
@@ -118,7 +119,7 @@ def test_inputs_are_checked_before_any_crop(tiny):
         "Nuclei_Location_Center_X,Nuclei_Location_Center_Y\n5,5\n5,5\n900,5\n"
     )
     tiny.locations(plate="P2", well="B02", site="2").write_text("Nuclei_Location_Center_X,Nuclei_Location_Center_Y\n")
-    write_png(tiny.image(plate="P2", well="C-3"), np.zeros((80, 110), np.uint8))
+    tiny.image(plate="P2", well="C-3").write_bytes(encode_png(np.zeros((80, 110), np.uint8)))
     report = check_project(tiny.open())
     assert kinds(report) == {
         ("image", "missing"),
