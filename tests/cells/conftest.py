@@ -17,7 +17,7 @@ LACKING = [name for name in ("pandas", "pyarrow", "imagecodecs", "copairs", "h5p
 if LACKING:
     collect_ignore_glob = ["test_*.py"]
 else:
-    from marten.cells.images import write_png
+    from marten.cells.images import encode_png
     from marten.cells.project import Project, open_project
 
 
@@ -106,7 +106,7 @@ def build_tiny(root: Path) -> Tiny:
                 for channel in CHANNELS:
                     row[channel] = f"{plate}/{well}_s{site}_{channel}.tif"
                     path = root / "outputs/compressed/images" / plate / f"{well}_s{site}_{channel}.png"
-                    write_png(path, rng.integers(0, 256, (HEIGHT, WIDTH), dtype=np.uint8))
+                    path.write_bytes(encode_png(rng.integers(0, 256, (HEIGHT, WIDTH), dtype=np.uint8)))
                 rows.append({**row, "pert_name": treatment, "pert_name_replicate": "1", "Split": str(split)})
                 count = int(rng.integers(4, 9))
                 centres = rng.permutation([(x, y) for x in range(2, WIDTH, 9) for y in range(3, HEIGHT, 9)])[:count]

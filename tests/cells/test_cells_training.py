@@ -21,7 +21,7 @@ from marten.cells.crop_batches import CropBatches, CropSet
 from marten.cells.errors import CellsError, ConfigError
 from marten.cells.export import export_cells
 from marten.cells.feature_files import npz_path
-from marten.cells.images import read_plane, write_png
+from marten.cells.images import encode_png, read_plane
 from marten.cells.index import read_index
 from marten.cells.networks import load_profiler, network_args
 from marten.cells.profiling import profile_cells
@@ -60,7 +60,7 @@ def told(tiny):
         channel = {"DMSO": "DNA", "motif": "RNA", "NA": "Mito"}[row["pert_name"]]
         path = tiny.image(row["Metadata_Plate"], row["Metadata_Well"], row["Metadata_Site"], channel)
         plane = read_plane(path)
-        write_png(path, np.kron(plane[::6, ::6], np.ones((6, 6), np.uint8))[:90, :110])
+        path.write_bytes(encode_png(np.kron(plane[::6, ::6], np.ones((6, 6), np.uint8))[:90, :110]))
     tiny.config(
         **{
             "train.model.epochs": 3,
