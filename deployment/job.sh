@@ -76,10 +76,17 @@ fi
 # ----------------------------------------------------------------------------------- run it, handing signals over
 child=0
 asked=""
+torchrun=""
 hand_over() {
+  local heirs=""
   asked=$1
   say "got SIG$1"
-  (( child == 0 )) || kill -s "$1" "$child" 2>/dev/null || true
+  (( child != 0 )) || return 0
+  # past torchrun to its processes, once there are some: it would leave them 30 s, and loses a signal that comes while it
+  # writes to its log
+  [[ -z $torchrun ]] || heirs=$(cat "/proc/$child/task/$child/children" 2>/dev/null) || heirs=""
+  # shellcheck disable=SC2086  # numbers, with spaces between
+  kill -s "$1" ${heirs:-"$child"} 2>/dev/null || true
 }
 for name in TERM USR1 INT; do
   # shellcheck disable=SC2064  # the name is meant now
@@ -152,8 +159,8 @@ elif [[ $scheduler == slurm ]] && (( ${SLURM_NTASKS:-1} > 1 )); then
 elif (( processes > 1 )); then
   MARTEN_EXIT=$(mktemp "${TMPDIR:-/tmp}/marten-exit.XXXXXX")
   export MARTEN_EXIT
-  # SIGUSR1 is for the processes, as SIGTERM is; torchrun gives them 30 s to save themselves
-  # its processes meet on this machine alone, whatever its name resolves to
+  torchrun=yes
+  # its processes meet on this machine alone, whatever its name resolves to; a signal that it gets itself it hands on
   stage_and_run "$python" -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node "$processes" \
     --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 else

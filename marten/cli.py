@@ -28,9 +28,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, config: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **{"formatter_class": _Formatter, **kwargs, "allow_abbrev": False})
         self._takes_config = config
-        # a verb's own parser must not take back what was said before the verb
-        usual = argparse.SUPPRESS if " " in self.prog else False
-        self.add_argument("--debug", action="store_true", default=usual, help="print the traceback behind an error")
+        # without a default, a verb's own parser does not take back what was said before the verb
+        told = "print the traceback behind an error"
+        self.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=told)
         if config:
             self.add_argument("--config", type=Path, metavar="TOML", help="flags by name; the command line wins")
 
@@ -107,7 +107,7 @@ def run(main: Callable[[argparse.Namespace], int | None], parser: Parser) -> NoR
         print("interrupted", file=sys.stderr)
         code = INTERRUPTED
     except MartenError as error:
-        if args.debug:
+        if "debug" in args:
             traceback.print_exc()
         print(f"{parser.prog}: {error}", file=sys.stderr)
         code = MISUSED if isinstance(error, UsageError) else FAILED

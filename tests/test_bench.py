@@ -329,3 +329,11 @@ def test_a_small_network_is_measured_from_end_to_end(tmp_path: Path) -> None:
     assert {r["contestant"] for r in found["records"]} == {STOCK, FITTED, EXACT, FAST, "in process"}
     assert all(r["requests_s"] > 0 and not r["failed"] for r in found["records"])
     assert found["answers"][0]["largest"] <= 2e-3
+
+
+@pytest.mark.parametrize(("words", "traced"), [("--debug serve", True), ("serve --debug", True), ("serve", False)])
+def test_debug_counts_before_the_verb_as_behind_it(words: str, traced: bool) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "bench"), *words.split(), "--conv_net", "nonsense"]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert told.returncode == 2
+    assert ("Traceback" in told.stderr) is traced
