@@ -21,6 +21,9 @@ from marten.errors import DataError
 from marten.files import write_text
 from marten.unpacking import ARCHIVES, LITTER, Progress, in_parallel, is_archive, need_space, put, unpack_into
 
+_UNFINISHED = "{}\n"
+"""In a marker: the folder is ours, and not whole."""
+
 
 @dataclass(frozen=True)
 class Staged:
@@ -146,13 +149,7 @@ def _identity(source: Path) -> list[str | int]:
 
 
 def _bring(source: Path, target: Path, below: str, workers: int, link: bool, digest: str, progress: Progress) -> Staged:
-    if not _marker(target).exists() and (target.is_symlink() or (target.is_dir() and any(target.iterdir()))):
-        raise DataError(f"{target} is there, and was not staged: remove it, or give another folder with --into")
-    write_text(_marker(target), "{}\n")  # ours from now on, and not whole until its marker says so
-    if target.is_symlink():
-        target.unlink()
-    if target.is_dir():  # of another source with this name
-        shutil.rmtree(target)
+    _make_room(target)
     identity = _identity(source)
     partial = target.with_name(
         f"{target.name}.partial-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}"
@@ -162,21 +159,38 @@ def _bring(source: Path, target: Path, below: str, workers: int, link: bool, dig
     if source.is_dir():
         files = _files(source)
         sizes, sha256 = {name: path.stat().st_size for name, path in files.items()}, _listing_digest(files)
-        if link:
-            target.symlink_to(source, target_is_directory=True)
-        else:
+        if not link:
             need_space(partial, sum(sizes.values()), source)
             _copy_all(files, partial, workers, progress)
     else:
         sizes, sha256 = unpack_into(source, partial, below, digest, workers, progress)
     if not sizes:
         raise DataError(f"{source} holds no file")
-    if not link or source.is_file():
+    write_text(_marker(target), _UNFINISHED)
+    if link and source.is_dir():
+        target.symlink_to(source, target_is_directory=True)
+    else:
         os.replace(partial, target)
     staged = Staged(target, len(sizes), sum(sizes.values()), sha256, True)
     told = {"source": identity, "files": staged.files, "size_bytes": staged.size_bytes, "sha256": sha256}
     write_text(_marker(target), json.dumps(told | {"digest": digest}) + "\n")
     return staged
+
+
+def _make_room(target: Path) -> None:
+    """Remove what was staged there before, of another source with this name; never what somebody else put there."""
+    marker = _marker(target)
+    if target.is_symlink() or (target.is_dir() and any(target.iterdir())):
+        if not marker.exists():
+            raise DataError(f"{target} is there, and was not staged: remove it, or give another folder with --into")
+        write_text(marker, _UNFINISHED)  # it is no longer whole, and still ours
+        if target.is_symlink():
+            target.unlink()
+        else:
+            shutil.rmtree(target)
+    elif target.is_dir():
+        target.rmdir()
+    marker.unlink(missing_ok=True)
 
 
 def _files(folder: Path) -> dict[str, Path]:
