@@ -82,8 +82,8 @@ hand_over() {
   asked=$1
   say "got SIG$1"
   (( child != 0 )) || return 0
-  # past torchrun to its processes, once there are some: it would leave them 30 s, and loses a signal that comes while it
-  # writes to its log
+  # past torchrun to its processes, once there are some: it would leave them 30 s, and what it makes of a signal, an
+  # exception, is swallowed where that comes within a line of its log
   [[ -z $torchrun ]] || heirs=$(cat "/proc/$child/task/$child/children" 2>/dev/null) || heirs=""
   # shellcheck disable=SC2086  # numbers, with spaces between
   kill -s "$1" ${heirs:-"$child"} 2>/dev/null || true

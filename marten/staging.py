@@ -95,6 +95,8 @@ def stage(
         target.parent.mkdir(parents=True, exist_ok=True)
         with _alone(target):
             found = _already(source, target, digest)
+            if found is None:
+                _make_room(target, is_scratch=into is None)
             return found or _bring(source, target, below, workers, link, digest, progress)
     except OSError as error:
         raise DataError(
@@ -149,7 +151,6 @@ def _identity(source: Path) -> list[str | int]:
 
 
 def _bring(source: Path, target: Path, below: str, workers: int, link: bool, digest: str, progress: Progress) -> Staged:
-    _make_room(target)
     identity = _identity(source)
     partial = target.with_name(
         f"{target.name}.partial-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}"
@@ -177,11 +178,14 @@ def _bring(source: Path, target: Path, below: str, workers: int, link: bool, dig
     return staged
 
 
-def _make_room(target: Path) -> None:
-    """Remove what was staged there before, of another source with this name; never what somebody else put there."""
+def _make_room(target: Path, is_scratch: bool) -> None:
+    """Remove what was staged there before, of another source with this name.
+
+    What nobody staged is removed only from a job's own scratch, where a dirty sandbox may hold half of a set (B0-05).
+    """
     marker = _marker(target)
     if target.is_symlink() or (target.is_dir() and any(target.iterdir())):
-        if not marker.exists():
+        if not is_scratch and not marker.exists():
             raise DataError(f"{target} is there, and was not staged: remove it, or give another folder with --into")
         write_text(marker, _UNFINISHED)  # it is no longer whole, and still ours
         if target.is_symlink():
