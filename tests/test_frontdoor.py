@@ -413,9 +413,12 @@ def test_half_a_request_is_408_and_keeps_no_replica_waiting(tmp_path: Path) -> N
 def test_what_one_replica_fails_another_answers(opened: Opened, mood: str) -> None:
     opened.replicas[0].mood = mood
     well = opened.replicas[1].server_address[1]
-    told = [opened.ask(body=os.urandom(2_000_000)) for _ in range(6)]
-    assert [(status, answer["bytes"], answer["port"]) for status, _, answer in told] == [(200, 2_000_000, well)] * 6
-    assert opened.replicas[0].seen > 0
+    for _ in range(60):  # Envoy throws a coin for each: six in a row spared the failing one in 1 of 64 runs
+        status, _, answer = opened.ask(body=os.urandom(2_000_000))
+        assert (status, answer["bytes"], answer["port"]) == (200, 2_000_000, well)
+        if opened.replicas[0].seen >= 3:
+            break
+    assert opened.replicas[0].seen >= 3
 
 
 @pytest.mark.door
