@@ -10,11 +10,13 @@ units that fall between: seconds and megabytes. docs/metrics.md lists the names.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import io
 import json
 import logging
 import re
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
 logger = logging.getLogger(__name__)
 
@@ -76,11 +78,29 @@ def tell(context: Any, records: List[Record], forward_s: float, log_requests: bo
         parts = "decode;dur={:.2f}, forward;dur={:.2f}".format(record.decode_s * 1000, forward_s * 1000)
         explained = ", explain;dur={:.2f}".format(record.explain_s * 1000) if record.explain_s else ""
         context.set_response_header(i, "Server-Timing", parts + explained)
-    if log_requests:
-        for record in records:
-            logger.info(log_line(context.model_name, record, forward_s, len(records)))
-    if getattr(context, "metrics", None) is not None:
-        _count(context.metrics, records, forward_s)
+    with _one_write():
+        if log_requests:
+            for record in records:
+                logger.info(log_line(context.model_name, record, forward_s, len(records)))
+        if getattr(context, "metrics", None) is not None:
+            _count(context.metrics, records, forward_s)
+
+
+@contextlib.contextmanager
+def _one_write() -> Iterator[None]:
+    """Let what is logged meanwhile go out at its end, at once: line by line each would wake TorchServe, five a picture."""
+    found = [handler for handler in logging.getLogger().handlers if type(handler) is logging.StreamHandler]
+    if len(found) != 1:  # not TorchServe's worker, who has one, on its standard output
+        yield
+        return
+    lines = io.StringIO()
+    stream = found[0].setStream(lines)
+    try:
+        yield
+    finally:
+        found[0].setStream(stream)
+        stream.write(lines.getvalue())
+        stream.flush()
 
 
 def log_line(model: str, record: Record, forward_s: float, batch: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 from pathlib import Path
@@ -106,6 +107,33 @@ def test_a_batch_is_told(metrics: Any, caplog: pytest.LogCaptureFixture) -> None
             "marten_answers_total.total:1|#label:cat,ModelName:pets,Level:Model|#type:COUNTER",
         ]
     )
+
+
+def test_a_worker_tells_of_a_batch_in_one_write(metrics: Any) -> None:
+    class Pipe(io.StringIO):
+        writes = 0
+
+        def write(self, text: str) -> int:
+            self.writes += 1
+            return super().write(text)
+
+    pipe = Pipe()
+    handler = logging.StreamHandler(pipe)  # as ts.model_service_worker has it
+    root = logging.getLogger()
+    before = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        tell(Context({}, {}, metrics=metrics), [Record("id-0", size_bytes=9), Record("id-1")], 0.05, log_requests=True)
+        assert pipe.writes == 1
+        logging.getLogger("telemetry").info("afterwards")
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(before)
+    told = pipe.getvalue().splitlines()
+    assert [json.loads(line)["request_id"] for line in told[:2]] == ["id-0", "id-1"]
+    assert all(line.startswith("[METRICS]marten_") for line in told[2:-1])
+    assert (len(told), told[-1]) == (8, "afterwards")
 
 
 def test_lines_for_each_request_can_be_switched_off(caplog: pytest.LogCaptureFixture) -> None:
