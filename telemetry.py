@@ -88,13 +88,13 @@ def tell(context: Any, records: List[Record], forward_s: float, log_requests: bo
 
 @contextlib.contextmanager
 def _one_write() -> Iterator[None]:
-    """Let what is logged meanwhile go out at its end, at once: line by line each would wake TorchServe, five a picture."""
+    """Let what is logged meanwhile go out at once, at its end: five lines a picture would each wake TorchServe."""
     found = [handler for handler in logging.getLogger().handlers if type(handler) is logging.StreamHandler]
     if len(found) != 1:  # not TorchServe's worker, who has one, on its standard output
         yield
         return
-    lines = io.StringIO()
-    stream = found[0].setStream(lines)
+    lines, stream = io.StringIO(), found[0].stream
+    found[0].setStream(lines)
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ import importlib
 import io
 import json
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,7 +29,7 @@ from PIL import Image
 from marten.architectures import the_one_class
 from marten.bench import contestants
 from marten.bench.contestants import EXACT, FAST, FITTED, STOCK, make_weights, pack
-from marten.bench.load import Asking, draw_photograph, family_cpu_s, percentile, photographs, put_load
+from marten.bench.load import Asking, Caller, draw_photograph, family_cpu_s, percentile, photographs, put_load
 from marten.bench.peers.launching import OURS, PEERS, QUICKSTART, Peer, launch_peer
 from marten.bench.report import Row, ratios, rows, table, write_report
 from marten.bench.training import (
@@ -105,6 +107,40 @@ def test_a_servers_processor_time_is_that_of_its_whole_family(slow: Address) -> 
 def test_a_server_that_is_not_there_fails_and_does_not_hang() -> None:
     load = put_load(Address("127.0.0.1", 9), ["a"], [b"1"], clients=2, seconds=0.05)
     assert (load.requests_s, load.failed > 1) == (0.0, True)
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\n12345", "200"),
+        (b"HTTP/1.1 422 No\r\nConnection: close\r\nContent-Length: 0\r\n\r\n", "422"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n0\r\n12\r\n0\r\n\r\n", "200"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n12345", "ConnectionError"),
+        (b"HTTP/1.1 200 OK\r\n", "ConnectionError"),
+        (b"HTTP/1.1 200 OK\r\nServer: s\r\n\r\n12345", "ValueError"),
+    ],
+)
+def test_a_caller_reads_an_answer_to_its_end_however_it_comes(answer: bytes, told: str) -> None:
+    turns = range(2 if b"close" in answer else 1)  # where it says so, the next request makes a new connection
+
+    def reply(server: socket.socket) -> None:
+        for _ in turns:
+            with server.accept()[0] as connection:
+                assert connection.recv(1000).endswith(b"\r\nContent-Length: 7\r\n\r\npicture")
+                for i in range(len(answer)):
+                    connection.sendall(answer[i : i + 1])
+
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
+        replying = pool.submit(reply, server)
+        caller = Caller(Address("127.0.0.1", server.getsockname()[1]))
+        for _ in turns:
+            try:
+                status = caller.ask("PUT", "/predictions/m", b"picture", {"Content-Type": "image/jpeg"})
+            except (OSError, ValueError) as error:
+                status = type(error).__name__
+            assert status == told
+        caller.close()
+        replying.result(timeout=10)
 
 
 @pytest.mark.parametrize(("percent", "value"), [(50, 50), (99, 99), (100, 100), (1, 1)])
@@ -308,8 +344,8 @@ def test_training_is_measured_as_train_main_trains(tmp_path: Path) -> None:
     assert Image.open(io.BytesIO(paths[1].read_bytes())).width > 200
 
 
-def bench(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts" / "bench"), "serve", *words]
+def bench(*words: str, cwd: Path, verb: str = "serve") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts" / "bench"), verb, *words]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
 
 
@@ -329,6 +365,24 @@ def test_a_small_network_is_measured_from_end_to_end(tmp_path: Path) -> None:
     assert {r["contestant"] for r in found["records"]} == {STOCK, FITTED, EXACT, FAST, "in process"}
     assert all(r["requests_s"] > 0 and not r["failed"] for r in found["records"])
     assert found["answers"][0]["largest"] <= 2e-3
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_settings_of_one_model_are_compared(tmp_path: Path) -> None:
+    weights = make_weights("cat_dog_conv_net", tmp_path)
+    configs = [tmp_path / "hasty.yaml", tmp_path / "patient.yaml"]
+    for config, delay_ms in zip(configs, (1, 400), strict=True):
+        text = contestants.FAST_CONFIG.read_text()
+        config.write_text(text.replace("maxBatchDelay: 1", f"maxBatchDelay: {delay_ms}"))
+    words = ["--model_path", str(weights), "--model_config", *map(str, configs), "--clients", "1", "--rounds", "1"]
+    told = bench(*words, "--seconds", "1.5", "--out", str(tmp_path), cwd=tmp_path, verb="configs")
+    assert told.returncode == 0, told.stderr
+    hasty, patient = json.loads((tmp_path / "configs.json").read_text())["records"]
+    assert (hasty["contestant"], patient["contestant"]) == (str(configs[0]), str(configs[1]))
+    assert hasty["p50_ms"] < 300 < 400 <= patient["p50_ms"]  # a lone client waits for company that never comes
+    assert "| × the first (least–most) |" in told.stdout
+    assert bench(*words[:3], *words[3:5], *words[3:4], cwd=tmp_path, verb="configs").returncode == 2
 
 
 @pytest.mark.parametrize(("words", "traced"), [("--debug serve", True), ("serve --debug", True), ("serve", False)])

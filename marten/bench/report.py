@@ -59,19 +59,24 @@ def ratios(
     return [a[field] / b[field] if b[field] else float("inf") for a, b in zip(ours, theirs, strict=True)]
 
 
-def table(found: Mapping[str, Any]) -> list[str]:
-    """Lines of a Markdown table: medians over the rounds, ratios to stock with their smallest and largest.
+def table(found: Mapping[str, Any], base: str = STOCK, called: str = STOCK) -> list[str]:
+    """Lines of a Markdown table: medians over the rounds, ratios to `base` with their smallest and largest.
 
     The last column is the processor time of one answer.
+
+    Args:
+        found: what was measured, in its "records".
+        base: the contestant that others are multiples of.
+        called: what the table's head calls it.
     """
     groups = grouped(found["records"])
     lines = [
-        "| network | clients | server | req/s | × stock (least–most) | p50 ms | p99 ms | processor ms |",
+        f"| network | clients | server | req/s | × {called} (least–most) | p50 ms | p99 ms | processor ms |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for (network, contestant, clients, what), turns in groups.items():
-        stock = groups.get((network, STOCK, clients, what))
-        told = "" if stock is None else _spread(ratios(turns, stock))
+        one = groups.get((network, base, clients, what))
+        told = "" if one is None else _spread(ratios(turns, one))
         figures = [median([turn[field] for turn in turns]) for field in ("requests_s", "p50_ms", "p99_ms")]
         where = f"{clients}, {what}" if what else str(clients)
         batch = contestant == LIMIT and clients > 1  # there the times are those of batches

@@ -114,11 +114,11 @@ def _take_turns(
         for clients in plan.clients:
             for each in order:
                 load = put_load(each.address, each.names, bodies, clients, plan.seconds, pid=each.running.pid)
-                _note(found, say, network, each.name, clients, "", turn, load)
-            _note(found, say, network, LIMIT, clients, "", turn, limit.round(clients, plan.seconds))
+                note(found, say, network, each.name, clients, "", turn, load)
+            note(found, say, network, LIMIT, clients, "", turn, limit.round(clients, plan.seconds))
         for each in order if plan.large else ():
             load = put_load(each.address, each.names, large, 8, plan.seconds, pid=each.running.pid)
-            _note(found, say, network, each.name, 8, LARGE, turn, load)
+            note(found, say, network, each.name, 8, LARGE, turn, load)
 
 
 def _meet_peer(
@@ -153,7 +153,7 @@ def _meet_peer(
             for clients in plan.clients:
                 for name, address, names, asking, pid in contestants:
                     load = put_load(address, names, bodies, clients, plan.seconds, asking, pid)
-                    _note(found, say, network, name, clients, BESIDE + peer.name, turn, load)
+                    note(found, say, network, name, clients, BESIDE + peer.name, turn, load)
 
 
 def _register_more(
@@ -174,7 +174,7 @@ def _register_more(
             for turn in range(plan.rounds):
                 for copies, each in servers.items():
                     load = put_load(each.address, each.names, bodies, 8, plan.seconds)
-                    _note(found, say, network, kind, 8, f"{copies} models", turn, load)
+                    note(found, say, network, kind, 8, f"{copies} models", turn, load)
 
 
 def _launched(stack: contextlib.ExitStack, kind: str, store: Path, copies: int = 1) -> Contestant:
@@ -183,7 +183,7 @@ def _launched(stack: contextlib.ExitStack, kind: str, store: Path, copies: int =
     return launched
 
 
-def _note(
+def note(
     found: dict[str, Any],
     say: Callable[[str], None],
     network: str,
@@ -193,6 +193,7 @@ def _note(
     turn: int,
     load: Load,
 ) -> None:
+    """Keep what one turn of one contestant saw, and tell it."""
     record = {"network": network, "contestant": contestant, "clients": clients, "what": what, "round": turn}
     found["records"].append({**record, "machine_load": os.getloadavg()[0], **asdict(load)})
     told = f"{network} {contestant:10s} {clients:2d} clients {what:8s} {load.requests_s:7.1f} req/s"
