@@ -331,11 +331,13 @@ def test_who_holds_the_key_is_answered_and_nobody_else(opened: Opened) -> None:
         status, headers, told = opened.ask(key=key)
         assert (status, headers["www-authenticate"], told["code"]) == (401, "Bearer", 401)
     assert sum(each.seen for each in opened.replicas) == 2
-    line = (opened.folder / "logs" / "access.jsonl").read_text
-    wait_until(lambda: "401" in line(), 15)
-    logged = [json.loads(each) for each in line().splitlines()]
-    assert {entry["status"] for entry in logged} >= {200, 401}
-    assert opened.entrance.key not in line()
+    log = (opened.folder / "logs" / "access.jsonl").read_text
+
+    def logged() -> set[int]:
+        return {json.loads(line)["status"] for line in log().splitlines(keepends=True) if line.endswith("\n")}
+
+    wait_until(lambda: logged() >= {200, 401}, 15)
+    assert opened.entrance.key not in log()
 
 
 @pytest.mark.door
@@ -413,10 +415,10 @@ def test_half_a_request_is_408_and_keeps_no_replica_waiting(tmp_path: Path) -> N
 def test_what_one_replica_fails_another_answers(opened: Opened, mood: str) -> None:
     opened.replicas[0].mood = mood
     well = opened.replicas[1].server_address[1]
-    for _ in range(60):  # Envoy throws a coin for each: six in a row spared the failing one in 1 of 64 runs
+    for asked in range(60):  # Envoy throws a coin for each: six in a row spared the failing one in 1 of 64 runs
         status, _, answer = opened.ask(body=os.urandom(2_000_000))
         assert (status, answer["bytes"], answer["port"]) == (200, 2_000_000, well)
-        if opened.replicas[0].seen >= 3:
+        if asked >= 5 and opened.replicas[0].seen >= 3:
             break
     assert opened.replicas[0].seen >= 3
 
