@@ -11,7 +11,7 @@ from typing import Any
 from marten.archive import plan_archive, write_archive
 from marten.bench.contestants import launch
 from marten.bench.load import photographs, put_load
-from marten.bench.serving import Plan, note, own_runtime
+from marten.bench.serving import Plan, own_runtime, take_turns
 from marten.errors import UsageError
 
 MOST = 6
@@ -24,7 +24,7 @@ def bench_configs(weights: Path, configs: Sequence[Path], plan: Plan, say: Calla
     Args:
         weights: a state dict with its card beside it.
         configs: model-config.yaml files, each given once.
-        plan: clients, rounds, seconds and folder of it count.
+        plan: clients, rounds, seconds, folder of photographs, and whether large ones are asked about too.
         say: is told each figure as soon as it is known.
 
     Returns:
@@ -48,10 +48,5 @@ def bench_configs(weights: Path, configs: Sequence[Path], plan: Plan, say: Calla
             servers.append(launch(names[i], archive.export_path))
             stack.callback(servers[-1].stop)
             put_load(servers[-1].address, servers[-1].names, bodies, 8, 5.0)  # nobody's first answers count
-        for turn in range(plan.rounds):
-            first = turn % len(servers)
-            for clients in plan.clients:
-                for each in [*servers[first:], *servers[:first]]:
-                    load = put_load(each.address, each.names, bodies, clients, plan.seconds, pid=each.running.pid)
-                    note(found, say, archive.name, each.name, clients, "", turn, load)
+        take_turns(plan, archive.name, servers, None, bodies, found, say)
     return found

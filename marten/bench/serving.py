@@ -87,7 +87,7 @@ def bench_serving(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
                     start = {"network": network, "contestant": each.name, "start_s": each.start_s}
                     found["starts"].append(start)
                 found["answers"].append({"network": network, "largest": _largest_gap(servers[-2], servers[-1], bodies)})
-                _take_turns(plan, network, servers, limit, bodies, found, say)
+                take_turns(plan, network, servers, limit, bodies, found, say)
                 threads = servers[-1].threads
             for peer in (peer for peer in PEERS if peer.package in plan.peers):
                 if peer.installed:
@@ -99,26 +99,28 @@ def bench_serving(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
     return found
 
 
-def _take_turns(
+def take_turns(
     plan: Plan,
     network: str,
     servers: Sequence[Contestant],
-    limit: Limit,
+    limit: Limit | None,
     bodies: Sequence[bytes],
     found: dict[str, Any],
     say: Callable[[str], None],
 ) -> None:
+    """Ask each server, and where there is one the limit, once in each round; another begins each."""
     large = [draw_photograph(0, _LARGE_PX)]
     for turn in range(plan.rounds):
         order = [*servers[turn % len(servers) :], *servers[: turn % len(servers)]]
         for clients in plan.clients:
             for each in order:
                 load = put_load(each.address, each.names, bodies, clients, plan.seconds, pid=each.running.pid)
-                note(found, say, network, each.name, clients, "", turn, load)
-            note(found, say, network, LIMIT, clients, "", turn, limit.round(clients, plan.seconds))
+                _note(found, say, network, each.name, clients, "", turn, load)
+            if limit is not None:
+                _note(found, say, network, LIMIT, clients, "", turn, limit.round(clients, plan.seconds))
         for each in order if plan.large else ():
             load = put_load(each.address, each.names, large, 8, plan.seconds, pid=each.running.pid)
-            note(found, say, network, each.name, 8, LARGE, turn, load)
+            _note(found, say, network, each.name, 8, LARGE, turn, load)
 
 
 def _meet_peer(
@@ -153,7 +155,7 @@ def _meet_peer(
             for clients in plan.clients:
                 for name, address, names, asking, pid in contestants:
                     load = put_load(address, names, bodies, clients, plan.seconds, asking, pid)
-                    note(found, say, network, name, clients, BESIDE + peer.name, turn, load)
+                    _note(found, say, network, name, clients, BESIDE + peer.name, turn, load)
 
 
 def _register_more(
@@ -174,7 +176,7 @@ def _register_more(
             for turn in range(plan.rounds):
                 for copies, each in servers.items():
                     load = put_load(each.address, each.names, bodies, 8, plan.seconds)
-                    note(found, say, network, kind, 8, f"{copies} models", turn, load)
+                    _note(found, say, network, kind, 8, f"{copies} models", turn, load)
 
 
 def _launched(stack: contextlib.ExitStack, kind: str, store: Path, copies: int = 1) -> Contestant:
@@ -183,7 +185,7 @@ def _launched(stack: contextlib.ExitStack, kind: str, store: Path, copies: int =
     return launched
 
 
-def note(
+def _note(
     found: dict[str, Any],
     say: Callable[[str], None],
     network: str,
@@ -193,7 +195,6 @@ def note(
     turn: int,
     load: Load,
 ) -> None:
-    """Keep what one turn of one contestant saw, and tell it."""
     record = {"network": network, "contestant": contestant, "clients": clients, "what": what, "round": turn}
     found["records"].append({**record, "machine_load": os.getloadavg()[0], **asdict(load)})
     told = f"{network} {contestant:10s} {clients:2d} clients {what:8s} {load.requests_s:7.1f} req/s"
